@@ -1,0 +1,109 @@
+"""Every cross-field check of a config: errors that stop a run, and warnings. Touches no file."""
+
+import dataclasses
+import math
+from typing import Any
+
+from sft_jax.config import MESH_AXES, Config, source_name
+
+_CHOICES: dict[str, tuple[str, ...]] = {
+    "model.param_dtype": ("float32", "bfloat16", "float64"),
+    "model.compute_dtype": ("float32", "bfloat16", "float64"),
+    "model.attention": ("reference",),
+    "model.remat": ("none", "dots", "full"),
+    "data.packing": ("best_fit", "none"),
+    "data.too_long": ("error", "drop"),
+    "data.unknown_tokens": ("error", "drop", "keep"),
+    "optimizer.name": ("adamw", "adafactor", "lion", "sgd"),
+    "optimizer.accum_dtype": ("float32", "bfloat16", "float64"),
+    "schedule.name": ("cosine", "linear", "constant", "wsd"),
+}
+_SOURCE_FORMATS = ("auto", "messages", "prompt_completion", "text")
+_AT_LEAST: dict[str, float] = {
+    "data.max_seq_len": 2, "data.read_threads": 0, "batch.batch_size": 1, "batch.grad_accum_steps": 1,
+    "batch.eval_batch_size": 0, "loss.z_loss_weight": 0, "loss.label_smoothing": 0, "loss.chunk_tokens": 1,
+    "model.neftune_alpha": 0, "optimizer.learning_rate": 0, "optimizer.weight_decay": 0, "optimizer.grad_clip_norm": 0,
+    "optimizer.max_skipped_steps": 1, "schedule.num_epochs": 1, "schedule.num_steps": 1, "schedule.warmup_steps": 0,
+    "schedule.warmup_fraction": 0, "schedule.final_fraction": 0, "schedule.decay_fraction": 0,
+    "evaluation.every_steps": 0, "evaluation.stop_patience": 1, "checkpoint.every_steps": 0,
+    "checkpoint.keep_latest": 1, "log.every_steps": 1, "data.max_bad_fraction": 0, "run.seed": 0,
+}  # fmt: skip
+_AT_MOST: dict[str, float] = {
+    "data.max_bad_fraction": 1, "schedule.warmup_fraction": 1, "schedule.final_fraction": 1,
+    "schedule.decay_fraction": 1, "run.seed": 2**31 - 1,
+}  # fmt: skip
+# Fields that only some optimizers or schedules read; set for another one they are an error, never ignored.
+_ONLY_FOR: dict[str, tuple[str, ...]] = {
+    "optimizer.b1": ("adamw", "lion", "sgd"),
+    "optimizer.b2": ("adamw", "lion"),
+    "optimizer.eps": ("adamw",),
+    "schedule.final_fraction": ("cosine", "linear", "wsd"),
+    "schedule.decay_fraction": ("wsd",),
+}
+
+
+def find_errors(config: Config) -> list[str]:
+    """All errors of a config, each beginning with its dotted path; empty when it is good."""
+    errors: list[str] = []
+
+    def require(ok: bool, path: str, message: str) -> None:
+        if not ok:
+            errors.append(f"config.{path}: {message}")
+
+    def get(path: str) -> Any:
+        section, name = path.split(".")
+        return getattr(getattr(config, section), name)
+
+    for section in dataclasses.fields(config):
+        for f in dataclasses.fields(getattr(config, section.name)):
+            value = getattr(getattr(config, section.name), f.name)
+            finite = not isinstance(value, float) or math.isfinite(value)
+            require(finite, f"{section.name}.{f.name}", f"is {value}; expected a finite number.")
+    for path, choices in _CHOICES.items():
+        require(get(path) in choices, path, f"is {get(path)!r}; expected one of {', '.join(choices)}.")
+    for path, low in _AT_LEAST.items():
+        require(get(path) is None or get(path) >= low, path, f"is {get(path)}; expected at least {low}.")
+    for path, high in _AT_MOST.items():
+        require(get(path) is None or get(path) <= high, path, f"is {get(path)}; expected at most {high}.")
+    for path, users in _ONLY_FOR.items():
+        name = get(path.split(".")[0] + ".name")
+        require(get(path) is None or name in users, path, f"is set, but {name} has no such parameter. Leave it None.")
+
+    model, data, batch, mesh = config.model, config.data, config.batch, config.mesh
+    require(bool(model.path or model.preset), "model.path", "is empty, and so is model.preset. Set one of them.")
+    require(not (model.overrides and model.path), "model.overrides", "change a preset, and model.path is a folder.")
+    require(bool(data.tokenizer or model.path), "data.tokenizer", "is empty, and so is model.path. Name a tokenizer.")
+    require(bool(data.train), "data.train", "is empty. Name at least one source: [dict(path='chats.jsonl')].")
+    for group, sources in (("train", data.train), ("eval", data.eval)):
+        names = [source_name(source) for source in sources]
+        for i, source in enumerate(sources):
+            path = f"data.{group}[{i}]"
+            formats = ", ".join(_SOURCE_FORMATS)
+            require(bool(source.path), f"{path}.path", "is empty. Name a .jsonl file.")
+            require(source.format in _SOURCE_FORMATS, f"{path}.format", f"is {source.format!r}; expected {formats}.")
+            require(names[i] not in names[:i], f"{path}.name", f"{names[i]!r} is used twice. Name each source.")
+    eval_names = ["", *(source_name(source) for source in data.eval)]
+    for path in ("evaluation.stop_by", "checkpoint.best_by"):
+        require(get(path) in eval_names, path, f"is {get(path)!r}; no set in data.eval has that name.")
+    rows, parts = batch.batch_size, batch.grad_accum_steps
+    require(rows % parts == 0, "batch.grad_accum_steps", f"{parts} does not divide batch_size {rows}.")
+    smoothing = config.loss.label_smoothing
+    require(smoothing < 1, "loss.label_smoothing", f"is {smoothing}; expected below 1.")
+    sizes = [getattr(mesh, axis) for axis in MESH_AXES]
+    for axis, size in zip(MESH_AXES, sizes, strict=True):
+        require(size == -1 or size >= 1, f"mesh.{axis}", f"is {size}; expected at least 1, or -1 for what is left.")
+    require(sizes.count(-1) <= 1, "mesh", "has more than one axis at -1. Leave only one to fill.")
+    for axis in ("context", "expert"):
+        require(getattr(mesh, axis) == 1, f"mesh.{axis}", f"is {getattr(mesh, axis)}; only 1 is supported so far.")
+    steps = config.log.profile_steps
+    ordered = not steps or (len(steps) == 2 and 0 <= steps[0] <= steps[1])
+    require(ordered, "log.profile_steps", f"is {steps}; expected (first, last), or () for none.")
+    return errors
+
+
+def warnings_for(config: Config) -> list[str]:
+    """What is allowed but seldom meant; logged once at the start."""
+    schedule = config.schedule
+    if schedule.num_steps is None and not 1 <= schedule.num_epochs <= 5:
+        return [f"config.schedule.num_epochs: is {schedule.num_epochs}; 2 to 3 suit most SFT runs."]
+    return []
