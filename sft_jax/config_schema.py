@@ -1,0 +1,213 @@
+"""Every option of an experiment: its name, its default, its meaning. The checks are in `config.py`."""
+
+import dataclasses
+import hashlib
+import json
+from dataclasses import dataclass, field
+from typing import Any
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunConfig:
+    dir: str = "runs/default"
+    """The run directory: config, checkpoints, metrics and the export. A run that has checkpoints there is resumed."""
+    seed: int = 0
+    """Seeds initialisation, data order and every random draw of the step."""
+    compilation_cache: str = "~/.cache/sft_jax/xla"
+    """Folder of the persistent compilation cache; empty: none."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelConfig:
+    path: str = ""
+    """Hugging Face folder of pretrained weights; empty: random initialisation of `preset`."""
+    preset: str = ""
+    """A named architecture of `sft_jax.model.families.PRESETS`. With `path`, the folder must agree with it."""
+    overrides: dict[str, Any] = field(default_factory=dict)
+    """Fields of the preset to change, for example `dict(num_layers=2)`; refused with `path`."""
+    param_dtype: str = "float32"
+    """dtype of the parameters that train."""
+    compute_dtype: str = "bfloat16"
+    """dtype of activations and matmuls; the loss is at least float32 in any case."""
+    attention: str = "reference"
+    """Attention kernel by name."""
+    remat: str = "full"
+    """What is recomputed in the backward pass: none, dots (all but matmul outputs), full (all but layer inputs)."""
+    freeze: tuple[str, ...] = ()
+    """Regular expressions, searched in parameter paths such as `layers.mlp.up.kernel`: those do not train."""
+    neftune_alpha: float = 0.0
+    """Noise on the input embeddings, uniform with magnitude alpha / sqrt(length * embed_dim); 0: none."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class SourceConfig:
+    path: str = ""
+    """A .jsonl file."""
+    name: str = ""
+    """Name in reports and metrics; empty: the file's stem."""
+    format: str = "auto"
+    """auto, messages, prompt_completion or text. auto takes the first row's and holds every row to it."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class DataConfig:
+    train: tuple[SourceConfig, ...] = ()
+    """Training sources. Every row of each is one example per epoch."""
+    eval: tuple[SourceConfig, ...] = ()
+    """Held-out sets, each evaluated under its name."""
+    tokenizer: str = ""
+    """Folder or file of the tokenizer; empty: `model.path`."""
+    chat_template: str = ""
+    """chatml, llama2, llama3, plain, or a Jinja file; empty: the tokenizer folder's own."""
+    chat_template_kwargs: dict[str, Any] = field(default_factory=dict)
+    """Extra variables of the template, such as `enable_thinking`."""
+    stop_token: str = ""
+    """Text of the token that ends an assistant turn; empty: found from the template."""
+    new_tokens: tuple[str, ...] = ()
+    """Tokens to add to tokenizer, embedding and head, for example `("<|im_start|>", "<|im_end|>")`."""
+    role_map: dict[str, str] = field(default_factory=dict)
+    """Row role -> system, user, assistant or tool, for example `dict(human="user")`."""
+    max_seq_len: int = 4096
+    """Length of a packed row, and the longest example."""
+    packing: str = "best_fit"
+    """best_fit, or none: one example a row."""
+    too_long: str = "error"
+    """Examples over max_seq_len: error (a bad row) or drop (counted)."""
+    unknown_tokens: str = "error"
+    """Text that the tokenizer cannot express: error (a bad row), drop (counted) or keep (counted)."""
+    max_bad_fraction: float = 0.0
+    """Share of rows that may be bad (malformed, over-long, ...) before the run stops; they are dropped and counted."""
+    store_dir: str = "~/.cache/sft_jax/data"
+    """Where tokenized stores are kept, by fingerprint."""
+    read_threads: int = 4
+    """Threads that assemble batches ahead of the step; 0: none."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class BatchConfig:
+    batch_size: int = 64
+    """Global packed rows per optimizer step."""
+    grad_accum_steps: int = 1
+    """Microbatches per step; divides batch_size and never changes which rows a step sees."""
+    eval_batch_size: int = 0
+    """Global rows per evaluation batch; 0: batch_size / grad_accum_steps."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class LossConfig:
+    z_loss_weight: float = 0.0
+    """Weight of log(Z)^2 per supervised token; 0: none. 1e-4 in PaLM (arXiv:2204.02311, section 5)."""
+    label_smoothing: float = 0.0
+    """Share of the target's probability spread over the whole vocabulary, in [0, 1)."""
+    chunk_tokens: int = 1024
+    """Positions per chunk of the loss on each device: bounds its memory at chunk_tokens * vocab_size logits."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class OptimizerConfig:
+    name: str = "adamw"
+    """adamw, adafactor, lion or sgd."""
+    learning_rate: float = 1e-5
+    """Peak learning rate."""
+    weight_decay: float = 0.0
+    """Decoupled weight decay, on matrices only (norm scales and biases are left out)."""
+    b1: float | None = None
+    """First-moment decay (adamw 0.9, lion 0.9) or momentum (sgd 0.9); None: that default."""
+    b2: float | None = None
+    """Second-moment decay (adamw 0.95, lion 0.99); None: that default."""
+    eps: float | None = None
+    """adamw's epsilon, 1e-8; None: that default."""
+    grad_clip_norm: float = 1.0
+    """Gradients are scaled to at most this global norm; 0: no clipping."""
+    accum_dtype: str = "float32"
+    """dtype of the accumulated gradients."""
+    max_skipped_steps: int = 10
+    """So many non-finite steps in a row stop the run."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class ScheduleConfig:
+    name: str = "cosine"
+    """cosine, linear, constant or wsd (warmup, stable, decay), each after a linear warmup from 0."""
+    num_epochs: int = 2
+    """Passes over the data; used where num_steps is None."""
+    num_steps: int | None = None
+    """Optimizer steps in all; None: from num_epochs."""
+    warmup_fraction: float = 0.03
+    """Share of all steps that warm up; used where warmup_steps is None."""
+    warmup_steps: int | None = None
+    """Steps of warmup; None: from warmup_fraction."""
+    final_fraction: float | None = None
+    """Last learning rate as a share of the peak (cosine, linear, wsd: 0.1); None: that default."""
+    decay_fraction: float | None = None
+    """Share of all steps in wsd's decay (0.2); None: that default."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class MeshConfig:
+    """Devices along each mesh axis; one axis may be -1 and takes what is left."""
+
+    replica: int = 1
+    fsdp: int = -1
+    context: int = 1
+    tensor: int = 1
+    expert: int = 1
+
+
+@dataclass(frozen=True, kw_only=True)
+class EvaluationConfig:
+    every_steps: int = 0
+    """Evaluate the held-out sets every so many steps; 0: only before the first and after the last."""
+    stop_by: str = ""
+    """Name of a held-out set whose loss stops the run early; empty: none."""
+    stop_patience: int = 3
+    """Evaluations without a new best loss before stopping."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class CheckpointConfig:
+    every_steps: int = 500
+    """Save every so many steps, besides the last; 0: only the last."""
+    keep_latest: int = 2
+    """Newest checkpoints kept."""
+    best_by: str = ""
+    """Name of a held-out set: the checkpoint with its lowest loss is kept as well; empty: none."""
+    export: bool = True
+    """Write `<run>/export` as a Hugging Face folder when the run ends."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class LogConfig:
+    every_steps: int = 10
+    tensorboard: bool = True
+    profile_steps: tuple[int, ...] = ()
+    """(first, last): steps of a jax.profiler trace written to `<run>/profile`; empty: none."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Config:
+    """The whole experiment. See each section's fields."""
+
+    run: RunConfig = field(default_factory=RunConfig)
+    model: ModelConfig = field(default_factory=ModelConfig)
+    data: DataConfig = field(default_factory=DataConfig)
+    batch: BatchConfig = field(default_factory=BatchConfig)
+    loss: LossConfig = field(default_factory=LossConfig)
+    optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
+    schedule: ScheduleConfig = field(default_factory=ScheduleConfig)
+    mesh: MeshConfig = field(default_factory=MeshConfig)
+    evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
+    checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
+    log: LogConfig = field(default_factory=LogConfig)
+
+    def to_dict(self) -> dict[str, Any]:
+        return dataclasses.asdict(self)
+
+    def digest(self) -> str:
+        """sha256 of the resolved config, hex."""
+        return hashlib.sha256(json.dumps(self.to_dict(), sort_keys=True).encode()).hexdigest()
+
+
+def source_name(source: SourceConfig) -> str:
+    """The name of a source in reports and metrics: its own, or its file's stem."""
+    return source.name or source.path.rsplit("/", 1)[-1].removesuffix(".jsonl")
