@@ -1,0 +1,154 @@
+"""Where every array lives: the mesh, the one table from logical dims to mesh axes, and placing a batch on devices.
+
+A parameter names its dims (`("layers", "embed", "mlp")`, in model/transformer.py), a rule names mesh axes for each:
+
+    layers.mlp.up.kernel  [layers, embed,   mlp      ]
+                          ->  P(None, "fsdp", "tensor")
+
+All five mesh axes always exist, with size 1 where unused. A rule is a *tuple* of axes, so that a dim may be split over
+several of them.
+"""
+
+import dataclasses
+import math
+from collections.abc import Mapping, Sequence
+
+import jax
+import numpy as np
+from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionSpec
+
+from sft_jax.config import MESH_AXES
+from sft_jax.config_schema import MeshConfig
+from sft_jax.datatypes import ConfigError, HostBatch
+from sft_jax.typing import Array, Float, Int
+
+RULES: dict[str | None, tuple[str, ...]] = {
+    None: (),
+    "batch": ("replica", "fsdp"),
+    "seq": ("context",),
+    "embed": ("fsdp",),
+    "mlp": ("tensor",),
+    "heads": ("tensor",),
+    "kv_heads": ("tensor",),
+    "vocab": ("tensor",),
+    "head_dim": (),
+    "layers": (),
+    "norm": (),  # scales are small: a copy on every device
+}
+BATCH_AXES = RULES["batch"]
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Batch:
+    """Packed rows on the mesh, as in `datatypes.PackedRow`. `rows` numbers them over the whole run: row i of step s is
+    s * B + i, whatever the mesh; random draws are keyed by it."""
+
+    inputs: Int[Array, "B L"]
+    targets: Int[Array, "B L"]
+    loss_weights: Float[Array, "B L"]
+    segment_ids: Int[Array, "B L"]
+    positions: Int[Array, "B L"]
+    source_ids: Int[Array, "B L"]
+    rows: Int[Array, " B"]
+
+
+def mesh_shape(config: MeshConfig, num_devices: int) -> dict[str, int]:
+    """Sizes of the five axes, with -1 filled.
+
+    Raises:
+      ConfigError: where they do not multiply to `num_devices`.
+    """
+    sizes = {axis: getattr(config, axis) for axis in MESH_AXES}
+    fixed = math.prod(size for size in sizes.values() if size != -1)
+    filled = {axis: num_devices // fixed if size == -1 else size for axis, size in sizes.items()}
+    if math.prod(filled.values()) != num_devices:
+        raise ConfigError(
+            f"config.mesh: {filled} needs {math.prod(filled.values())} devices, and there are {num_devices}. "
+            "Choose axes whose product is the number of devices, or set one to -1."
+        )
+    return filled
+
+
+def build_mesh(config: MeshConfig, devices: Sequence[jax.Device] | None = None) -> Mesh:
+    """The mesh of all devices of all processes (or of `devices`)."""
+    devices = jax.devices() if devices is None else list(devices)
+    sizes = mesh_shape(config, len(devices))
+    auto = (AxisType.Auto,) * len(MESH_AXES)  # make_mesh would make them Explicit
+    return jax.make_mesh(tuple(sizes.values()), MESH_AXES, axis_types=auto, devices=devices)
+
+
+def build_abstract_mesh(config: MeshConfig, num_devices: int) -> AbstractMesh:
+    """The same without devices, to trace a step for hardware that is not here."""
+    sizes = mesh_shape(config, num_devices)
+    return AbstractMesh(tuple(sizes.values()), MESH_AXES, axis_types=(AxisType.Auto,) * len(MESH_AXES))
+
+
+def spec_for(dims: Sequence[str | None]) -> PartitionSpec:
+    """Logical dims -> PartitionSpec: `("embed", "mlp")` -> `P("fsdp", "tensor")`."""
+    axes = [RULES[dim] for dim in dims]
+    return PartitionSpec(*(None if not names else names[0] if len(names) == 1 else names for names in axes))
+
+
+def shardings_for(
+    mesh: Mesh | AbstractMesh, dims: Mapping[str, Sequence[str | None]], shapes: Mapping[str, tuple[int, ...]]
+) -> dict[str, NamedSharding]:
+    """A sharding for each array by name.
+
+    Raises:
+      ConfigError: naming each array and dim that its mesh axes do not divide.
+    """
+    errors = []
+    for name, shape in shapes.items():
+        for dim, size in zip(dims[name], shape, strict=True):
+            parts = num_parts(mesh, dim)
+            if size % parts:
+                axes = " x ".join(RULES[dim])
+                errors.append(
+                    f"config.mesh: {name} has {dim} = {size}, which {axes} = {parts} does not divide. "
+                    f"Choose a size of {axes} that does."
+                )
+    if errors:
+        raise ConfigError("\n".join(errors))
+    return {name: NamedSharding(mesh, spec_for(dims[name])) for name in shapes}
+
+
+def num_parts(mesh: Mesh | AbstractMesh, dim: str | None) -> int:
+    """Into how many parts the mesh splits a logical dim."""
+    return math.prod(mesh.shape[axis] for axis in RULES[dim])
+
+
+def constrain(x: Array, mesh: Mesh | AbstractMesh | None, *dims: str | None) -> Array:
+    """Pin an activation's sharding by its logical dims; nothing without a mesh."""
+    if mesh is None:
+        return x
+    return jax.lax.with_sharding_constraint(x, NamedSharding(mesh, spec_for(dims)))
+
+
+def replicated(mesh: Mesh | AbstractMesh) -> NamedSharding:
+    return NamedSharding(mesh, PartitionSpec())
+
+
+def place_batch(batch: HostBatch, mesh: Mesh, batch_size: int) -> Batch:
+    """This process's rows of a global batch of `batch_size` rows -> arrays over the mesh. Moves only local rows."""
+    local, length = batch.inputs.shape
+    first = batch.step * batch_size + jax.process_index() * local
+    rows = np.arange(first, first + local, dtype=np.int64) % 2**31  # int32 on device
+
+    def place(values: np.ndarray, *dims: str | None) -> Array:
+        sharding = NamedSharding(mesh, spec_for(dims))
+        return jax.make_array_from_process_local_data(sharding, values, (batch_size, *values.shape[1:]))
+
+    fields = {f.name: getattr(batch, f.name) for f in dataclasses.fields(Batch) if f.name != "rows"}
+    placed = {name: place(values, "batch", "seq") for name, values in fields.items()}
+    return Batch(**placed, rows=place(rows.astype(np.int32), "batch"))
+
+
+def abstract_batch(mesh: Mesh | AbstractMesh, batch_size: int, length: int) -> Batch:
+    """The same shapes and shardings with no data, for tracing and compiling."""
+    rows = NamedSharding(mesh, spec_for(("batch", "seq")))
+    ints = jax.ShapeDtypeStruct((batch_size, length), np.int32, sharding=rows)
+    weights = jax.ShapeDtypeStruct((batch_size, length), np.float32, sharding=rows)
+    fields = {f.name: ints for f in dataclasses.fields(Batch)} | {"loss_weights": weights}
+    numbers = jax.ShapeDtypeStruct((batch_size,), np.int32, sharding=NamedSharding(mesh, spec_for(("batch",))))
+    return Batch(**(fields | {"rows": numbers}))
