@@ -88,9 +88,9 @@ _REQUIRED = object()
 # Keys that change no number here: identity, storage, generation defaults, reporting.
 _HARMLESS_KEYS = {
     "_name_or_path", "_attn_implementation", "_commit_hash", "_from_model_config", "transformers_version",
-    "torch_dtype", "dtype", "use_cache", "bos_token_id", "eos_token_id", "pad_token_id", "pretraining_tp", "chunk_size_feed_forward",
-    "output_attentions", "output_hidden_states", "return_dict", "id2label", "label2id", "problem_type",
-    "task_specific_params", "max_length", "temperature", "top_p", "top_k", "do_sample", "unsloth_fixed",
+    "torch_dtype", "dtype", "use_cache", "bos_token_id", "eos_token_id", "pad_token_id", "pretraining_tp",
+    "chunk_size_feed_forward", "output_attentions", "output_hidden_states", "return_dict", "id2label", "label2id",
+    "problem_type", "task_specific_params", "max_length", "temperature", "top_p", "top_k", "do_sample", "unsloth_fixed",
     "unsloth_version",
 }  # fmt: skip
 # Keys that change the model's numbers unless they have this value (or null).

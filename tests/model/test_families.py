@@ -67,7 +67,7 @@ def test_absent_keys_have_llamas_defaults():
     ],
 )
 def test_what_would_be_ignored_is_refused_by_name(changes, named):
-    with pytest.raises(ConfigError, match="^my/config") as caught:
+    with pytest.raises(ConfigError, match=r"^my/config.json: ") as caught:
         read_hf_config(hf_fields(**changes), "my/config.json")
     assert named in str(caught.value)
 
