@@ -82,7 +82,12 @@ def _read_section(cls: Any, values: Any, path: str, errors: list[str]) -> Any:
         hint = f"Did you mean {path}.{close[0]}?" if close else f"Known: {', '.join(sorted(fields))}."
         errors.append(f"{path}.{key}: no such field. {hint}")
     hints = typing.get_type_hints(cls)
-    read = {key: _read(hints[key], values[key], f"{path}.{key}", errors) for key in values if key in fields}
+    read = {}
+    for key in fields & values.keys():
+        before = len(errors)
+        value = _read(hints[key], values[key], f"{path}.{key}", errors)
+        if len(errors) == before:
+            read[key] = value
     return cls(**read)
 
 

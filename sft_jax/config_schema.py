@@ -92,6 +92,15 @@ class BatchConfig:
     eval_batch_size: int = 0
     """Global rows per evaluation batch; 0: batch_size / grad_accum_steps."""
 
+    @property
+    def micro_batch_size(self) -> int:
+        """Global rows per microbatch."""
+        return self.batch_size // self.grad_accum_steps
+
+    @property
+    def eval_rows(self) -> int:
+        return self.eval_batch_size or self.micro_batch_size
+
 
 @dataclass(frozen=True, kw_only=True)
 class LossConfig:

@@ -12,15 +12,16 @@ several of them.
 import dataclasses
 import math
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 import jax
 import numpy as np
 from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionSpec
 
 from sft_jax.config import MESH_AXES
-from sft_jax.config_schema import MeshConfig
+from sft_jax.config_schema import Config, MeshConfig
 from sft_jax.datatypes import ConfigError, HostBatch
-from sft_jax.typing import Array, Float, Int
+from sft_jax.typing import Array
 
 RULES: dict[str | None, tuple[str, ...]] = {
     None: (),
@@ -44,13 +45,13 @@ class Batch:
     """Packed rows on the mesh, as in `datatypes.PackedRow`. `rows` numbers them over the whole run: row i of step s is
     s * B + i, whatever the mesh; random draws are keyed by it."""
 
-    inputs: Int[Array, "B L"]
-    targets: Int[Array, "B L"]
-    loss_weights: Float[Array, "B L"]
-    segment_ids: Int[Array, "B L"]
-    positions: Int[Array, "B L"]
-    source_ids: Int[Array, "B L"]
-    rows: Int[Array, " B"]
+    inputs: Any  # int32 [B, L]
+    targets: Any  # int32 [B, L]
+    loss_weights: Any  # float32 [B, L]
+    segment_ids: Any  # int32 [B, L]
+    positions: Any  # int32 [B, L]
+    source_ids: Any  # int32 [B, L]
+    rows: Any  # int32 [B]
 
 
 def mesh_shape(config: MeshConfig, num_devices: int) -> dict[str, int]:
@@ -118,6 +119,22 @@ def num_parts(mesh: Mesh | AbstractMesh, dim: str | None) -> int:
     return math.prod(mesh.shape[axis] for axis in RULES[dim])
 
 
+def check_batch_divides(config: Config, mesh: Mesh | AbstractMesh) -> None:
+    """Each microbatch must give every shard of the batch the same number of rows.
+
+    Raises:
+      ConfigError: it does not; says which sizes do.
+    """
+    parts = num_parts(mesh, "batch")
+    batch = config.batch
+    for name, rows in (("batch_size / grad_accum_steps", batch.micro_batch_size), ("eval_batch_size", batch.eval_rows)):
+        if rows % parts:
+            raise ConfigError(
+                f"config.batch: {name} is {rows} rows, which the {parts} shards of replica x fsdp do not divide. "
+                f"Choose a multiple of {parts}."
+            )
+
+
 def constrain(x: Array, mesh: Mesh | AbstractMesh | None, *dims: str | None) -> Array:
     """Pin an activation's sharding by its logical dims; nothing without a mesh."""
     if mesh is None:
@@ -131,7 +148,7 @@ def replicated(mesh: Mesh | AbstractMesh) -> NamedSharding:
 
 def place_batch(batch: HostBatch, mesh: Mesh, batch_size: int) -> Batch:
     """This process's rows of a global batch of `batch_size` rows -> arrays over the mesh. Moves only local rows."""
-    local, length = batch.inputs.shape
+    local = len(batch.inputs)
     first = batch.step * batch_size + jax.process_index() * local
     rows = np.arange(first, first + local, dtype=np.int64) % 2**31  # int32 on device
 

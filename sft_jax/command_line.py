@@ -1,0 +1,85 @@
+"""argv -> Config, and an error -> one message on stderr and the exit status that datatypes.py gives it."""
+
+import argparse
+import json
+import logging
+import sys
+import warnings
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+from absl import flags
+from ml_collections import config_flags
+
+from sft_jax.config import default_config, from_config_dict
+from sft_jax.config_schema import Config
+from sft_jax.datatypes import ConfigError, SftError
+
+
+def run_command(command: Callable[[list[str]], int | None], argv: Sequence[str] | None = None) -> int:
+    """Call `command` with the arguments left after `--debug`, and turn a SftError into its message and status."""
+    args = list(sys.argv[1:] if argv is None else argv)
+    debug = "--debug" in args
+    args = [arg for arg in args if arg != "--debug"]
+    logging.getLogger("absl").setLevel(logging.INFO if debug else logging.WARNING)
+    if not debug:
+        warnings.simplefilter("ignore")
+    try:
+        return command(args) or 0
+    except SftError as error:
+        if debug:
+            raise
+        print(f"error: {error}", file=sys.stderr)
+        return error.exit_code
+
+
+def config_parser(prog: str, description: str, example: str) -> argparse.ArgumentParser:
+    """A parser whose unknown arguments are left for `read_config`; its help ends with the example."""
+    return argparse.ArgumentParser(
+        prog=prog,
+        description=f"{description} Takes --config=FILE.py (or a run's config.json) and --config.section.field=value.",
+        epilog=f"example: {example}",
+        allow_abbrev=False,
+    )
+
+
+def read_config(args: Sequence[str]) -> Config:
+    """`["--config=configs/demo.py", "--config.batch.batch_size=8"]` -> Config.
+
+    Raises:
+      ConfigError: no such file, a file that does not run, an unknown field, a wrong type, or a failed check.
+    """
+    path, rest = _split_config_path(args)
+    if not Path(path).is_file():
+        raise ConfigError(
+            f"--config={path}: no such file. Name a Python file with get_config(), or a run's config.json."
+        )
+    values = flags.FlagValues()
+    try:
+        if path.endswith(".json"):
+            resolved = default_config()
+            resolved.update(json.loads(Path(path).read_text()))
+            config_flags.DEFINE_config_dict("config", resolved, flag_values=values)
+            left = values(["sft_jax", *rest])[1:]
+        else:
+            config_flags.DEFINE_config_file("config", flag_values=values)
+            left = values(["sft_jax", f"--config={path}", *rest])[1:]
+        config = values["config"].value
+    except flags.Error as error:
+        raise ConfigError(str(error)) from error
+    except (AttributeError, ImportError, KeyError, NameError, OSError, SyntaxError, TypeError, ValueError) as error:
+        raise ConfigError(f"{path}: {type(error).__name__}: {error}") from error
+    if left:
+        raise ConfigError(f"{left[0]}: is not an option. Options begin with --config.")
+    return from_config_dict(config)
+
+
+def _split_config_path(args: Sequence[str]) -> tuple[str, list[str]]:
+    """(path of --config, the other arguments); both `--config=path` and `--config path`."""
+    args = list(args)
+    for i, arg in enumerate(args):
+        if arg.startswith("--config="):
+            return arg.removeprefix("--config="), args[:i] + args[i + 1 :]
+        if arg == "--config" and i + 1 < len(args):
+            return args[i + 1], args[:i] + args[i + 2 :]
+    raise ConfigError("--config: is missing. Name an experiment, for example --config=configs/demo.py.")

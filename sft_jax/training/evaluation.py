@@ -1,0 +1,38 @@
+"""Held-out loss and token accuracy of one named set."""
+
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any
+
+import jax
+import numpy as np
+
+from sft_jax.sharding import Batch
+from sft_jax.training.metrics import Record, source_record
+from sft_jax.training.state import Params
+
+Evaluator = Callable[[Params, Params], Record]
+
+
+def make_held_out_loss(
+    name: str, eval_step: Callable[[Params, Params, Batch], Any], batches: Callable[[], Iterable[Batch]]
+) -> Evaluator:
+    """`(params, frozen) -> {"eval/<name>/loss", "eval/<name>/accuracy"}`, over every token of the set once.
+
+    Args:
+      batches: called at each evaluation; yields the whole set, its last batch filled with padding rows.
+    """
+
+    def evaluate(params: Params, frozen: Params) -> Record:
+        sums = [eval_step(params, frozen, batch) for batch in batches()]
+        total = jax.tree.map(lambda *parts: np.sum(parts, axis=0, dtype=np.float64), *jax.device_get(sums))
+        record = source_record(total, "", [name])
+        return {f"eval/{name}/loss": record["nll"], f"eval/{name}/accuracy": record["accuracy"]}
+
+    return evaluate
+
+
+def evaluate_all(evaluators: Sequence[Evaluator], params: Params, frozen: Params) -> Record:
+    record: Record = {}
+    for evaluate in evaluators:
+        record |= evaluate(params, frozen)
+    return record

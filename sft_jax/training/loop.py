@@ -1,0 +1,194 @@
+"""Batches in, a trained state out: the step, its log, evaluation, checkpoints, and every way in which a run ends.
+
+The host runs one step ahead: it reads the metrics of step n after it has dispatched step n + 1.
+"""
+
+import dataclasses
+import signal
+import threading
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any
+
+import jax
+from etils import epath
+from jax.experimental import multihost_utils
+
+from sft_jax.checkpoint.manager import CheckpointManager
+from sft_jax.config_schema import Config
+from sft_jax.datatypes import DataError, NumericError
+from sft_jax.sharding import Batch
+from sft_jax.training.evaluation import Evaluator, evaluate_all
+from sft_jax.training.metrics import MetricsWriter, ProgressReporter, Record, StepMeter
+from sft_jax.training.state import Params, TrainState
+from sft_jax.training.step import StepFn
+
+
+class Preempted(Exception):
+    """The run was told to stop; its last finished step is saved."""
+
+
+class StopSignal:
+    """Remembers SIGTERM, from construction on. Every process of a run answers `requested` alike."""
+
+    def __init__(self) -> None:
+        self._received = False
+        # With several processes jax's own service listens for SIGTERM and agrees on a step; a handler would hide it.
+        if jax.process_count() == 1 and threading.current_thread() is threading.main_thread():
+            signal.signal(signal.SIGTERM, self._receive)
+
+    def _receive(self, *_: Any) -> None:
+        self._received = True
+
+    def requested(self, step: int) -> bool:
+        if jax.process_count() > 1:
+            return multihost_utils.reached_preemption_sync_point(step)
+        return self._received
+
+
+@dataclasses.dataclass
+class EarlyStopping:
+    """The lowest held-out losses so far. It travels with the checkpoints, so that a resumed run decides alike."""
+
+    best_saved_loss: float = float("inf")
+    best_stop_loss: float = float("inf")
+    evaluations_since_best: int = 0
+    stopped: bool = False
+
+    def to_json(self) -> dict[str, Any]:
+        """JSON has no infinity: a loss that was never seen is null."""
+        return {name: None if value == float("inf") else value for name, value in vars(self).items()}
+
+    @classmethod
+    def from_json(cls, fields: Mapping[str, Any]) -> "EarlyStopping":
+        return cls(**{name: float("inf") if value is None else value for name, value in fields.items()})
+
+
+class ProfileWindow:
+    """A jax.profiler trace of steps `first` to `last`, or of those among them that this process runs."""
+
+    def __init__(self, steps: tuple[int, ...], directory: epath.Path) -> None:
+        self._steps, self._directory, self._tracing = steps, directory, False
+
+    def before(self, step: int) -> None:
+        if self._steps and not self._tracing and self._steps[0] <= step <= self._steps[1]:
+            jax.profiler.start_trace(str(self._directory))
+            self._tracing = True
+
+    def after(self, step: int, metrics: Mapping[str, Any]) -> None:
+        if self._tracing and step >= self._steps[1]:
+            jax.block_until_ready(metrics)
+            self.close()
+
+    def close(self) -> None:
+        if self._tracing:
+            jax.profiler.stop_trace()
+            self._tracing = False
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Trainer:
+    """All that a run needs, built by `main`. `train` is the loop."""
+
+    config: Config
+    run_dir: epath.Path
+    num_steps: int
+    train_step: StepFn
+    batches: Callable[[int], Iterator[Batch]]
+    """First step -> that batch and all after it."""
+    evaluators: Sequence[Evaluator]
+    manager: CheckpointManager
+    meta: Mapping[str, Any]
+    """Saved with every checkpoint: what the data were."""
+    meter: StepMeter
+    writer: MetricsWriter
+    progress: ProgressReporter
+    stop_signal: StopSignal
+
+    def train(self, state: TrainState, frozen: Params, stopping: EarlyStopping) -> TrainState:
+        """Run from `state.step` to the last step, or until held-out loss stops improving.
+
+        Raises:
+          Preempted: after SIGTERM, with the last finished step saved.
+          NumericError: too many non-finite steps in a row; the last checkpoint is kept.
+          DataError: a batch has no supervised token.
+          StorageError: a checkpoint could not be written.
+        """
+        step = first = int(state.step)
+        if step == 0:
+            self._evaluate(step, state, frozen, stopping)
+        batches = self.batches(step)
+        profile = ProfileWindow(self.config.log.profile_steps, self.run_dir / "profile")
+        pending: Mapping[str, Any] | None = None
+        self.meter.restart_clock()
+        while step < self.num_steps and not stopping.stopped:
+            if self.stop_signal.requested(step):
+                if step > first:
+                    self._save(step, state, stopping)
+                self.manager.wait()
+                raise Preempted(f"stopped at step {step} of {self.num_steps}, saved. Run the same command to go on.")
+            profile.before(step + 1)
+            state, metrics = self.train_step(state, frozen, next(batches))
+            step += 1
+            profile.after(step, metrics)
+            if pending is not None:
+                self._report(step - 1, pending)
+            pending = metrics
+            if self._evaluates_after(step) or self._saves_after(step):
+                self._report(step, pending)
+                pending = None
+                is_best = self._evaluates_after(step) and self._evaluate(step, state, frozen, stopping)
+                if is_best or stopping.stopped or self._saves_after(step):
+                    self._save(step, state, stopping, is_best)
+                self.meter.restart_clock()
+        profile.close()
+        self.manager.wait()
+        return state
+
+    def _evaluates_after(self, step: int) -> bool:
+        every = self.config.evaluation.every_steps
+        return bool(self.evaluators) and (step == self.num_steps or (every > 0 and step % every == 0))
+
+    def _saves_after(self, step: int) -> bool:
+        every = self.config.checkpoint.every_steps
+        return step == self.num_steps or (every > 0 and step % every == 0)
+
+    def _report(self, step: int, metrics: Mapping[str, Any]) -> None:
+        """Wait for a step's metrics, check them, and log them where they are due."""
+        record = self.meter.add(jax.device_get(metrics))
+        if record["weight_sum"] == 0:
+            raise DataError(f"step {step}: its batch has no supervised token, so it has no loss. Is the mask right?")
+        skipped, limit = int(record["num_skipped"]), self.config.optimizer.max_skipped_steps
+        if skipped >= limit:
+            raise NumericError(
+                f"step {step}: loss {record['loss']}, gradient norm {record['grad_norm']}: the {skipped}th non-finite "
+                f"step in a row (config.optimizer.max_skipped_steps = {limit}). The last checkpoint is kept. "
+                "Lower config.optimizer.learning_rate, lengthen the warmup, or look at these batches with sft-jax show."
+            )
+        self.progress.advance(step)
+        if step % self.config.log.every_steps == 0 or step == self.num_steps:
+            record |= self.meter.rates()
+            self.writer.write(step, record)
+            self.progress.show(step, record)
+
+    def _evaluate(self, step: int, state: TrainState, frozen: Params, stopping: EarlyStopping) -> bool:
+        """Log every held-out set; True if the set of `checkpoint.best_by` has its lowest loss so far."""
+        record: Record = evaluate_all(self.evaluators, state.params, frozen)
+        if not record:
+            return False
+        self.writer.write(step, record)
+        self.progress.show(step, record)
+        stop_by, best_by = self.config.evaluation.stop_by, self.config.checkpoint.best_by
+        if stop_by:
+            loss = record[f"eval/{stop_by}/loss"]
+            better = loss < stopping.best_stop_loss
+            stopping.best_stop_loss = min(loss, stopping.best_stop_loss)
+            stopping.evaluations_since_best = 0 if better else stopping.evaluations_since_best + 1
+            stopping.stopped = stopping.evaluations_since_best >= self.config.evaluation.stop_patience
+        if best_by and step > 0 and record[f"eval/{best_by}/loss"] < stopping.best_saved_loss:
+            stopping.best_saved_loss = record[f"eval/{best_by}/loss"]
+            return True
+        return False
+
+    def _save(self, step: int, state: TrainState, stopping: EarlyStopping, is_best: bool = False) -> None:
+        meta = {**self.meta, "stopping": stopping.to_json()}
+        self.manager.save(step, vars(state), meta, stopping.best_saved_loss if is_best else None)

@@ -1,0 +1,152 @@
+"""A step's sums on the device -> a flat record of numbers -> metrics.jsonl, TensorBoard and the terminal."""
+
+import json
+import time
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import jax
+import numpy as np
+from etils import epath
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+Record = dict[str, float]
+
+# Peak dense bfloat16 FLOP/s of one device, by `device_kind`. Sources: cloud.google.com/tpu/docs/v4, v5e, v5p, v6e;
+# NVIDIA data sheets of A100 SXM and H100 SXM (without sparsity).
+PEAK_FLOPS = {
+    "TPU v4": 275e12,
+    "TPU v5 lite": 197e12,
+    "TPU v5": 459e12,
+    "TPU v5p": 459e12,
+    "TPU v6 lite": 918e12,
+    "NVIDIA A100-SXM4-40GB": 312e12,
+    "NVIDIA A100-SXM4-80GB": 312e12,
+    "NVIDIA H100 80GB HBM3": 989e12,
+}
+
+
+def source_record(metrics: Mapping[str, Any], prefix: str, names: Sequence[str]) -> Record:
+    """Loss (nats per weight) and accuracy over all sources; where there are several, also `<prefix><name>/loss`."""
+    weight, nll, correct = (np.asarray(metrics[key], np.float64) for key in ("weight_sum", "nll_sum", "correct_sum"))
+    record = {"nll": float(nll.sum() / weight.sum()), "accuracy": float(correct.sum() / weight.sum())}
+    if len(names) > 1:
+        for i in np.flatnonzero(weight):
+            record[f"{prefix}{names[i]}/loss"] = float(nll[i] / weight[i])
+            record[f"{prefix}{names[i]}/accuracy"] = float(correct[i] / weight[i])
+    return record
+
+
+class StepMeter:
+    """Turns each step's fetched metrics into a record, with rates over the time since the last logged step.
+
+    Args:
+      source_names: of the training data.
+      flops_per_token: forward and backward, for `mfu`, which is given where the device's peak is known.
+    """
+
+    def __init__(self, source_names: Sequence[str], flops_per_token: float) -> None:
+        self._names = source_names
+        self._flops_per_token = flops_per_token
+        self._peak = PEAK_FLOPS.get(jax.devices()[0].device_kind, 0.0) * jax.device_count()
+        self.restart_clock()
+
+    def restart_clock(self) -> None:
+        """Leave what just happened (evaluation, a save) out of the next rates."""
+        self._since, self._tokens, self._weight = time.perf_counter(), 0.0, 0.0
+
+    def add(self, metrics: Mapping[str, Any]) -> Record:
+        """The record of one step, without rates."""
+        weight = float(np.sum(metrics["weight_sum"]))
+        self._tokens += float(metrics["num_tokens"])
+        self._weight += weight
+        scalars = ("loss", "grad_norm", "learning_rate", "num_skipped", "padding_fraction")
+        record = {name: float(metrics[name]) for name in scalars} | {"weight_sum": weight}
+        return record | source_record(metrics, "train/", self._names) if weight else record
+
+    def rates(self) -> Record:
+        """Rates since the last call, all devices together; supervised tokens are counted by their loss weight."""
+        seconds = time.perf_counter() - self._since
+        rates = {"tokens_per_second": self._tokens / seconds, "supervised_tokens_per_second": self._weight / seconds}
+        if self._peak:
+            rates["mfu"] = rates["tokens_per_second"] * self._flops_per_token / self._peak
+        self.restart_clock()
+        return rates
+
+
+class MetricsWriter:
+    """Appends records to `<run>/metrics.jsonl` and `<run>/tensorboard/`; only process 0 writes.
+
+    A resumed run drops the records after `start_step`: those steps are about to be done again.
+    """
+
+    def __init__(self, run_dir: epath.Path, start_step: int, tensorboard: bool) -> None:
+        self._path = run_dir / "metrics.jsonl"
+        self._writes = jax.process_index() == 0
+        self._lines: list[str] = []
+        self._tensorboard = None
+        if not self._writes:
+            return
+        if self._path.exists():
+            lines = self._path.read_text().splitlines()
+            self._lines = [line for line in lines if json.loads(line)["step"] <= start_step]
+        self._path.write_text("".join(line + "\n" for line in self._lines))
+        self._file = self._path.open("a")
+        if tensorboard:
+            from tensorboardX import SummaryWriter  # half a second of import, only where it is used
+
+            self._tensorboard = SummaryWriter(str(run_dir / "tensorboard"), purge_step=start_step + 1)
+
+    def write(self, step: int, record: Record) -> None:
+        if not self._writes:
+            return
+        self._file.write(json.dumps({"step": step, **record}) + "\n")
+        self._file.flush()
+        if self._tensorboard:
+            for name, value in record.items():
+                self._tensorboard.add_scalar(name, value, step)
+
+    def close(self) -> None:
+        if self._writes:
+            self._file.close()
+        if self._tensorboard:
+            self._tensorboard.close()
+
+
+class ProgressReporter:
+    """A progress bar on a terminal, a line per logged step elsewhere; silent on processes other than 0."""
+
+    def __init__(self, console: Console, num_steps: int, start_step: int) -> None:
+        self._console = console
+        self._speaks = jax.process_index() == 0
+        self._num_steps = num_steps
+        self._bar = None
+        if self._speaks and console.is_terminal:
+            columns = (TextColumn("training"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+            self._bar = Progress(*columns, TextColumn("{task.fields[text]}"), console=console)
+            self._task = self._bar.add_task("", total=num_steps, completed=start_step, text="compiling")
+            self._bar.start()
+
+    def advance(self, step: int) -> None:
+        if self._bar:
+            self._bar.update(self._task, completed=step)
+
+    def show(self, step: int, record: Record) -> None:
+        """One line of the record's chief numbers."""
+        units = {"loss": "", "tokens_per_second": " tok/s", "supervised_tokens_per_second": " supervised/s"}
+        parts = [
+            f"{name if not unit else ''} {record[name]:,.4g}{unit}".strip()
+            for name, unit in units.items()
+            if name in record
+        ]
+        parts += [f"{name} {value:.4g}" for name, value in record.items() if name.startswith("eval/")]
+        text = "  ".join(parts)
+        if self._bar:
+            self._bar.update(self._task, completed=step, text=text)
+        elif self._speaks:
+            self._console.print(f"step {step}/{self._num_steps}  {text}", highlight=False)
+
+    def close(self) -> None:
+        if self._bar:
+            self._bar.stop()

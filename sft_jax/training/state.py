@@ -1,0 +1,82 @@
+"""What a step changes (TrainState), what it only reads (frozen parameters), and where both live on the mesh."""
+
+import dataclasses
+import re
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+from jax.sharding import AbstractMesh, Mesh, NamedSharding
+
+from sft_jax.sharding import replicated
+from sft_jax.typing import Array
+
+Params = dict[str, Array]
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class TrainState:
+    """`step` counts batches consumed and always advances; `num_updates` counts those that changed the parameters and
+    drives the schedule; `num_skipped` counts skipped steps since the last update."""
+
+    step: Any  # int32 scalar
+    num_updates: Any  # int32 scalar
+    num_skipped: Any  # int32 scalar
+    params: Any  # Params that train
+    opt_state: Any  # of those only
+
+
+def split_params(params: Mapping[str, Any], freeze: tuple[str, ...]) -> tuple[dict[str, Any], dict[str, Any]]:
+    """(trainable, frozen): frozen are those whose path any pattern of `freeze` finds."""
+    frozen = {path for path in params if any(re.search(pattern, path) for pattern in freeze)}
+    return {p: v for p, v in params.items() if p not in frozen}, {p: params[p] for p in frozen}
+
+
+def init_state(params: Params, optimizer: optax.GradientTransformation) -> TrainState:
+    """The state before the first step, with optimizer state sharded like the parameters it belongs to."""
+    shardings = jax.tree.map(lambda leaf: leaf.sharding, params)
+    mesh = next(iter(shardings.values())).mesh
+    abstract = jax.eval_shape(optimizer.init, params)
+    opt_state = jax.jit(optimizer.init, out_shardings=_opt_shardings(optimizer, abstract, shardings, params, mesh))(
+        params
+    )
+    zero = jax.device_put(jnp.zeros((), jnp.int32), replicated(mesh))
+    return TrainState(step=zero, num_updates=zero, num_skipped=zero, params=params, opt_state=opt_state)
+
+
+def abstract_state(
+    params: Mapping[str, jax.ShapeDtypeStruct],
+    shardings: Mapping[str, NamedSharding],
+    optimizer: optax.GradientTransformation,
+    mesh: Mesh | AbstractMesh,
+) -> TrainState:
+    """Shapes, dtypes and shardings of `init_state`'s result, with no memory: for tracing, compiling and restoring."""
+    params = {path: _with_sharding(leaf, shardings[path]) for path, leaf in params.items()}
+    opt_state = jax.eval_shape(optimizer.init, params)
+    placed = jax.tree.map(_with_sharding, opt_state, _opt_shardings(optimizer, opt_state, shardings, params, mesh))
+    zero = jax.ShapeDtypeStruct((), jnp.int32, sharding=replicated(mesh))
+    return TrainState(step=zero, num_updates=zero, num_skipped=zero, params=params, opt_state=placed)
+
+
+def _opt_shardings(
+    optimizer: optax.GradientTransformation,
+    opt_state: Any,
+    shardings: Mapping[str, NamedSharding],
+    params: Mapping[str, Any],
+    mesh: Mesh | AbstractMesh,
+) -> Any:
+    """A moment has its parameter's shape and sharding; counts and factored statistics are small and replicated."""
+
+    def of_param(leaf: Any, sharding: NamedSharding, param: Any) -> NamedSharding:
+        return sharding if leaf.shape == param.shape else replicated(mesh)
+
+    return optax.tree.map_params(
+        optimizer, of_param, opt_state, dict(shardings), dict(params), transform_non_params=lambda _: replicated(mesh)
+    )
+
+
+def _with_sharding(leaf: Any, sharding: NamedSharding) -> jax.ShapeDtypeStruct:
+    return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding)

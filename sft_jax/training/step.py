@@ -1,0 +1,171 @@
+"""One optimizer step: batch in, new state and metrics out. The only place that divides by `weight_sum`."""
+
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+from jax.sharding import AbstractMesh, Mesh
+
+from sft_jax.config_schema import Config
+from sft_jax.model.families import TransformerConfig
+from sft_jax.model.transformer import forward, output_head
+from sft_jax.sharding import Batch, constrain
+from sft_jax.training.loss import LossSums, sum_cross_entropy
+from sft_jax.training.state import Params, TrainState
+from sft_jax.typing import Array
+
+Metrics = dict[str, Array]
+StepFn = Callable[[TrainState, Params, Batch], tuple[TrainState, Metrics]]
+
+
+def make_train_step(
+    config: Config,
+    model: TransformerConfig,
+    optimizer: optax.GradientTransformation,
+    schedule: optax.Schedule,
+    mesh: Mesh | AbstractMesh | None,
+    num_sources: int = 1,
+) -> StepFn:
+    """`(state, frozen, batch) -> (state, metrics)`, to be jitted with the state donated.
+
+    Gradients of *sums* are added over microbatches and divided once by the global weight, so microbatches, packing and
+    the mesh do not change the update. A step whose loss or gradient is not finite changes nothing but `step` and
+    `num_skipped`: old values are selected, not multiplied by zero, so that NaN cannot leak.
+    """
+    sum_loss = partial(sum_batch_loss, config=config, model=model, mesh=mesh, noise_seed=config.run.seed)
+
+    def train_step(state: TrainState, frozen: Params, batch: Batch) -> tuple[TrainState, Metrics]:
+        grads, sums = _accumulate_grads(sum_loss, state.params, frozen, batch, config, mesh)
+        grads = jax.tree.map(lambda grad: grad / sums.weight_sum, grads)
+        loss = sums.loss_sum / sums.weight_sum
+
+        grad_norm = optax.tree.norm(grads)
+        finite = jnp.isfinite(loss) & jnp.isfinite(grad_norm)
+        clip = config.optimizer.grad_clip_norm
+        scale = jnp.minimum(1.0, clip / jnp.maximum(grad_norm, 1e-12)) if clip else 1.0
+        grads = {path: (grad * scale).astype(state.params[path].dtype) for path, grad in grads.items()}
+
+        directions, opt_state = optimizer.update(grads, state.opt_state, state.params)
+        learning_rate = jnp.asarray(schedule(state.num_updates))
+        params = jax.tree.map(lambda p, d: p - (learning_rate * d).astype(p.dtype), state.params, directions)
+        new = TrainState(
+            step=state.step + 1,
+            num_updates=state.num_updates + finite,
+            num_skipped=jnp.where(finite, 0, state.num_skipped + 1),
+            params=jax.tree.map(partial(jnp.where, finite), params, state.params),
+            opt_state=jax.tree.map(partial(jnp.where, finite), opt_state, state.opt_state),
+        )
+        metrics = {
+            "loss": loss,
+            "grad_norm": grad_norm,
+            "learning_rate": learning_rate,
+            "num_skipped": new.num_skipped,
+            "num_tokens": jnp.sum(batch.segment_ids != 0),
+            "padding_fraction": jnp.mean(batch.segment_ids == 0),
+            **source_sums(sums, batch, num_sources),
+        }
+        return new, metrics
+
+    return train_step
+
+
+def make_eval_step(
+    config: Config, model: TransformerConfig, mesh: Mesh | AbstractMesh | None, num_sources: int = 1
+) -> Callable[[Params, Params, Batch], Metrics]:
+    """`(params, frozen, batch) -> source_sums`: plain cross-entropy, with no smoothing, z-loss or noise counted."""
+    sum_loss = partial(sum_batch_loss, config=config, model=model, mesh=mesh, noise_seed=None)
+
+    def eval_step(params: Params, frozen: Params, batch: Batch) -> Metrics:
+        return source_sums(sum_loss(params, frozen, batch)[1], batch, num_sources)
+
+    return eval_step
+
+
+def sum_batch_loss(
+    params: Params,
+    frozen: Params,
+    batch: Batch,
+    *,
+    config: Config,
+    model: TransformerConfig,
+    mesh: Mesh | AbstractMesh | None,
+    noise_seed: int | None,
+) -> tuple[Array, LossSums]:
+    """(loss_sum, LossSums) of one microbatch. Noise is keyed by the global row, so no mesh or microbatch changes it."""
+    dtype = jnp.dtype(config.model.compute_dtype)
+    every = {**params, **frozen}
+    alpha = config.model.neftune_alpha if noise_seed is not None else 0.0
+    keys = None
+    if alpha:
+        keys = jax.vmap(partial(jax.random.fold_in, jax.random.key(noise_seed)))(batch.rows)
+    hidden = forward(
+        every,
+        model,
+        batch.inputs,
+        batch.positions,
+        batch.segment_ids,
+        compute_dtype=dtype,
+        remat=config.model.remat,
+        attention=config.model.attention,
+        mesh=mesh,
+        neftune_alpha=alpha,
+        noise_keys=keys,
+    )
+    head = output_head(every).astype(dtype)
+    sums = sum_cross_entropy(hidden, head, batch.targets, batch.loss_weights, config.loss, mesh)
+    return sums.loss_sum, sums
+
+
+def source_sums(sums: LossSums, batch: Batch, num_sources: int) -> Metrics:
+    """Sums of weight, weighted nll and weighted hits for each source, [num_sources] each."""
+
+    def per_source(values: Array) -> Array:
+        zeros = jnp.zeros(num_sources, sums.nll.dtype)
+        return zeros.at[batch.source_ids].add(values.astype(sums.nll.dtype))
+
+    weights = batch.loss_weights
+    return {
+        "weight_sum": per_source(weights),
+        "nll_sum": per_source(weights * sums.nll),
+        "correct_sum": per_source(weights * sums.correct),
+    }
+
+
+def _accumulate_grads(
+    sum_loss: Any, params: Params, frozen: Params, batch: Batch, config: Config, mesh: Mesh | AbstractMesh | None
+) -> tuple[Params, LossSums]:
+    """Gradients of loss_sum over the whole batch, and its LossSums, microbatch by microbatch.
+
+    Microbatch a of A takes rows a, A + a, 2A + a, ...: neighbours live on one device, so each device keeps its rows.
+    """
+    dtype = jnp.dtype(config.optimizer.accum_dtype)
+    grad_fn = jax.grad(sum_loss, has_aux=True)
+    parts = config.batch.grad_accum_steps
+    if parts == 1:
+        grads, sums = grad_fn(params, frozen, batch)
+        return jax.tree.map(lambda grad: grad.astype(dtype), grads), sums
+
+    def split(rows: Array) -> Array:
+        stacked = rows.reshape(-1, parts, *rows.shape[1:]).swapaxes(0, 1)
+        return constrain(stacked, mesh, None, "batch", *["seq"] * (rows.ndim - 1))
+
+    def add(total: Params, micro: Batch) -> tuple[Params, LossSums]:
+        grads, sums = grad_fn(params, frozen, micro)
+        return jax.tree.map(lambda t, grad: t + grad.astype(dtype), total, grads), sums
+
+    zeros = {path: jnp.zeros(param.shape, dtype) for path, param in params.items()}
+    grads, stacked = jax.lax.scan(add, zeros, jax.tree.map(split, batch))
+
+    def join(rows: Array) -> Array:
+        joined = rows.swapaxes(0, 1).reshape(-1, *rows.shape[2:])
+        return constrain(joined, mesh, "batch", "seq")
+
+    return grads, LossSums(
+        loss_sum=jnp.sum(stacked.loss_sum),
+        weight_sum=jnp.sum(stacked.weight_sum),
+        nll=join(stacked.nll),
+        correct=join(stacked.correct),
+    )
