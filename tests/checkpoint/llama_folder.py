@@ -1,0 +1,70 @@
+"""Small Hugging Face folders, written without the code under test."""
+
+import dataclasses
+import json
+import math
+from pathlib import Path
+
+import numpy as np
+import safetensors.numpy
+
+from sft_jax.model.families import TransformerConfig, to_hf_config
+
+# Every size differs, so that no two dims can be confused.
+TINY = TransformerConfig(
+    vocab_size=40, num_layers=3, embed_dim=16, mlp_dim=32, num_heads=8, num_kv_heads=4, head_dim=6, rope_theta=10_000.0,
+    norm_eps=1e-5, tie_embeddings=False, max_position=64,
+)  # fmt: skip
+TINY_TIED = dataclasses.replace(TINY, tie_embeddings=True)
+
+
+def llama_shapes(config: TransformerConfig) -> dict[str, tuple[int, ...]]:
+    """transformers' names and shapes, spelt out."""
+    d, f, h = config.embed_dim, config.mlp_dim, config.head_dim
+    shapes = {"model.embed_tokens.weight": (config.vocab_size, d), "model.norm.weight": (d,)}
+    if not config.tie_embeddings:
+        shapes["lm_head.weight"] = (config.vocab_size, d)
+    for i in range(config.num_layers):
+        layer = f"model.layers.{i}"
+        shapes |= {
+            f"{layer}.input_layernorm.weight": (d,),
+            f"{layer}.self_attn.q_proj.weight": (config.num_heads * h, d),
+            f"{layer}.self_attn.k_proj.weight": (config.num_kv_heads * h, d),
+            f"{layer}.self_attn.v_proj.weight": (config.num_kv_heads * h, d),
+            f"{layer}.self_attn.o_proj.weight": (d, config.num_heads * h),
+            f"{layer}.post_attention_layernorm.weight": (d,),
+            f"{layer}.mlp.gate_proj.weight": (f, d),
+            f"{layer}.mlp.up_proj.weight": (f, d),
+            f"{layer}.mlp.down_proj.weight": (d, f),
+        }
+    return shapes
+
+
+def llama_tensors(config: TransformerConfig, seed: int = 0) -> dict[str, np.ndarray]:
+    """Random float32 weights."""
+    rng = np.random.default_rng(seed)
+    return {name: rng.normal(size=shape).astype(np.float32) for name, shape in llama_shapes(config).items()}
+
+
+def write_folder(folder: Path, config: TransformerConfig, tensors: dict[str, np.ndarray]) -> Path:
+    """config.json and model.safetensors, by the safetensors library."""
+    folder.mkdir()
+    (folder / "config.json").write_text(json.dumps(to_hf_config(config, "float32")))
+    safetensors.numpy.save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    return folder
+
+
+def write_sparse_folder(folder: Path, config: TransformerConfig) -> int:
+    """A folder whose float32 weights are all 0 and take no room on disk. Returns their size in bytes."""
+    folder.mkdir()
+    (folder / "config.json").write_text(json.dumps(to_hf_config(config, "float32")))
+    header, at = {}, 0
+    for name, shape in llama_shapes(config).items():
+        end = at + 4 * math.prod(shape)
+        header[name] = {"dtype": "F32", "shape": shape, "data_offsets": [at, end]}
+        at = end
+    data = json.dumps(header).encode()
+    with (folder / "model.safetensors").open("wb") as stream:
+        stream.write(len(data).to_bytes(8, "little") + data)
+        stream.truncate(8 + len(data) + at)
+    return at

@@ -1,0 +1,99 @@
+"""The table is a bijection: every tensor has one parameter, both directions undo each other."""
+
+import dataclasses
+import math
+from pathlib import Path
+
+import numpy as np
+import pytest
+from llama_folder import TINY, TINY_TIED, llama_tensors
+
+from sft_jax.checkpoint.hf_names import LLAMA, hf_tensors, match_tensors, tensor_rules
+from sft_jax.checkpoint.safetensors_io import TensorInfo
+from sft_jax.datatypes import StorageError
+
+
+def index_of(tensors: dict[str, np.ndarray]) -> dict[str, TensorInfo]:
+    return {n: TensorInfo(n, v.dtype, v.shape, Path("x.safetensors"), 0, v.nbytes) for n, v in tensors.items()}
+
+
+@pytest.mark.parametrize("config", [TINY, TINY_TIED], ids=["untied", "tied"])
+def test_every_tensor_of_a_folder_has_exactly_one_place(config) -> None:
+    tensors = llama_tensors(config)
+    matched = match_tensors(config, index_of(tensors), "here")
+    names = [tensor.name for sources in matched.values() for tensor in sources]
+    assert sorted(names) == sorted(tensors)
+    listed = {name: rule.hf_shape(config) for name, rule, _ in hf_tensors(config)}
+    assert listed == {name: values.shape for name, values in tensors.items()}
+    for rule in tensor_rules(config):
+        num_values = sum(math.prod(tensor.shape) for tensor in matched[rule.path])
+        assert math.prod(rule.shape(config)) == num_values
+
+
+@pytest.mark.parametrize("rule", LLAMA, ids=lambda rule: rule.path)
+def test_both_directions_undo_each_other(rule) -> None:
+    shape = rule.hf_shape(TINY)
+    tensor = np.arange(math.prod(shape)).reshape(shape)
+    ours = rule.from_hf(tensor, TINY)
+    assert ours.shape == rule.shape(TINY)[-ours.ndim :]
+    assert np.shares_memory(ours, tensor)  # a view: mapped tensors stay on disk
+    np.testing.assert_array_equal(rule.to_hf(ours), tensor)
+
+
+def test_heads_are_outermost_in_both_projections() -> None:
+    rules = {rule.path: rule for rule in LLAMA}
+    tensors = llama_tensors(TINY)
+    query = tensors["model.layers.0.self_attn.q_proj.weight"]  # [N*H, D]
+    ours = rules["layers.attention.query.kernel"].from_hf(query, TINY)  # [D, N, H]
+    assert ours[3, 5, 2] == query[5 * TINY.head_dim + 2, 3]
+    out = tensors["model.layers.0.self_attn.o_proj.weight"]  # [D, N*H]
+    ours = rules["layers.attention.out.kernel"].from_hf(out, TINY)  # [N, H, D]
+    assert ours[5, 2, 3] == out[3, 5 * TINY.head_dim + 2]
+
+
+def test_a_tied_matrix_may_have_either_name_or_both() -> None:
+    embedding = llama_tensors(TINY_TIED)
+    both = embedding | {"lm_head.weight": embedding["model.embed_tokens.weight"]}
+    head = {name: values for name, values in both.items() if name != "model.embed_tokens.weight"}
+    for tensors, name in (
+        (embedding, "model.embed_tokens.weight"),
+        (both, "model.embed_tokens.weight"),
+        (head, "lm_head.weight"),
+    ):
+        matched = match_tensors(TINY_TIED, index_of(tensors), "here")
+        assert [tensor.name for tensor in matched["embed.embedding"]] == [name]
+        assert "head.kernel" not in matched
+
+
+def without(name: str) -> dict[str, np.ndarray]:
+    return {key: values for key, values in llama_tensors(TINY).items() if key != name}
+
+
+QUERY_1 = "model.layers.1.self_attn.q_proj.weight"
+WRONG = {
+    "layer missing": (without(QUERY_1), rf"here: has no tensor {QUERY_1} \(1 of 3"),
+    "head missing": (without("lm_head.weight"), r"has no tensor lm_head.weight \(1 of 1"),
+    "embedding missing": (without("model.embed_tokens.weight"), "has no tensor model.embed_tokens.weight"),
+    "a bias": (llama_tensors(TINY) | {f"{QUERY_1[:-6]}bias": np.zeros(48, np.float32)}, "1 tensors that this model"),
+    "a layer more": (llama_tensors(dataclasses.replace(TINY, num_layers=4)), r"9 tensors.*such as model.layers.3"),
+    "an adapter": (llama_tensors(TINY) | {"base.lora_A.weight": np.zeros(1)}, "an adapter"),
+    "another shape": (
+        llama_tensors(TINY) | {QUERY_1: np.zeros((16, 48), np.float32)},
+        r"x.safetensors: tensor model.layers.1.self_attn.q_proj.weight is \[16, 48\], and config.json asks for \[48, 16\]",
+    ),
+    "quantized": (llama_tensors(TINY) | {QUERY_1: np.zeros((48, 16), np.int8)}, "has dtype int8; quantized"),
+}
+
+
+@pytest.mark.parametrize("case", WRONG)
+def test_what_does_not_fit_is_refused(case: str) -> None:
+    tensors, message = WRONG[case]
+    with pytest.raises(StorageError, match=message):
+        match_tensors(TINY, index_of(tensors), "here")
+
+
+def test_known_buffers_are_no_weights() -> None:
+    buffer = np.zeros(3, np.float32)
+    old = {f"model.layers.{i}.self_attn.rotary_emb.inv_freq": buffer for i in range(3)}
+    tensors = llama_tensors(TINY) | old | {"model.rotary_emb.inv_freq": buffer}
+    assert match_tensors(TINY, index_of(tensors), "here") == match_tensors(TINY, index_of(llama_tensors(TINY)), "here")
