@@ -1,6 +1,7 @@
 """argv -> Config, and an error -> one message on stderr and the exit status that datatypes.py gives it."""
 
 import argparse
+import importlib.util
 import json
 import logging
 import sys
@@ -8,6 +9,7 @@ import warnings
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
+import ml_collections
 from absl import flags
 from ml_collections import config_flags
 
@@ -43,6 +45,11 @@ def config_parser(prog: str, description: str, example: str) -> argparse.Argumen
     )
 
 
+def parse_config(parser: argparse.ArgumentParser, args: Sequence[str]) -> Config:
+    """The config of a command that has no options of its own."""
+    return read_config(parser.parse_known_args(args)[1])
+
+
 def read_config(args: Sequence[str]) -> Config:
     """`["--config=configs/demo.py", "--config.batch.batch_size=8"]` -> Config.
 
@@ -54,24 +61,31 @@ def read_config(args: Sequence[str]) -> Config:
         raise ConfigError(
             f"--config={path}: no such file. Name a Python file with get_config(), or a run's config.json."
         )
-    values = flags.FlagValues()
+    values, argv = flags.FlagValues(), ["sft_jax", *rest]
     try:
-        if path.endswith(".json"):
-            resolved = default_config()
-            resolved.update(json.loads(Path(path).read_text()))
-            config_flags.DEFINE_config_dict("config", resolved, flag_values=values)
-            left = values(["sft_jax", *rest])[1:]
-        else:
-            config_flags.DEFINE_config_file("config", flag_values=values)
-            left = values(["sft_jax", f"--config={path}", *rest])[1:]
-        config = values["config"].value
+        config_flags.DEFINE_config_dict("config", _load_config_dict(path), flag_values=values, sys_argv=argv)
+        left = values(argv)[1:]
     except flags.Error as error:
         raise ConfigError(str(error)) from error
     except (AttributeError, ImportError, KeyError, NameError, OSError, SyntaxError, TypeError, ValueError) as error:
         raise ConfigError(f"{path}: {type(error).__name__}: {error}") from error
     if left:
         raise ConfigError(f"{left[0]}: is not an option. Options begin with --config.")
-    return from_config_dict(config)
+    return from_config_dict(values["config"].value)
+
+
+def _load_config_dict(path: str) -> ml_collections.ConfigDict:
+    """What `get_config()` of a Python file returns, or the fields of a run's `config.json` over the defaults."""
+    if path.endswith(".json"):
+        config = default_config()
+        config.update(json.loads(Path(path).read_text()))
+        return config
+    spec = importlib.util.spec_from_file_location("sft_jax_config", path)
+    if spec is None or spec.loader is None:
+        raise ConfigError(f"--config={path}: is neither a Python file nor a .json.")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module.get_config()
 
 
 def _split_config_path(args: Sequence[str]) -> tuple[str, list[str]]:

@@ -13,6 +13,8 @@ class RunConfig:
     """The run directory: config, checkpoints, metrics and the export. A run that has checkpoints there is resumed."""
     seed: int = 0
     """Seeds initialisation, data order and every random draw of the step."""
+    distributed: bool = False
+    """Join the job's other processes by `jax.distributed.initialize`, which finds them on TPU pods, GKE and Slurm."""
     compilation_cache: str = "~/.cache/sft_jax/xla"
     """Folder of the persistent compilation cache; empty: none."""
 

@@ -54,7 +54,7 @@ class CheckpointManager:
         """
         if step in self._orbax.all_steps():
             return
-        args = ocp.args.Composite(state=ocp.args.StandardSave(dict(state)), meta=ocp.args.JsonSave(dict(meta)))
+        args = ocp.args.Composite(state=ocp.args.PyTreeSave(dict(state)), meta=ocp.args.JsonSave(dict(meta)))
         metrics = None if best_loss is None else {"loss": best_loss}
         try:
             self._orbax.save(step, args=args, metrics=metrics, force=True)
@@ -63,14 +63,13 @@ class CheckpointManager:
 
     def restore(self, step: int, abstract: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
         """(state, meta) of a step, each array placed by the sharding of its ShapeDtypeStruct in `abstract`."""
-        args = ocp.args.Composite(state=ocp.args.StandardRestore(dict(abstract)), meta=ocp.args.JsonRestore())
+        args = ocp.args.Composite(state=_restore_args(dict(abstract)), meta=ocp.args.JsonRestore())
         restored = self._restore(step, args)
         return restored["state"], restored["meta"]
 
     def restore_params(self, step: int, abstract: Mapping[str, jax.ShapeDtypeStruct]) -> dict[str, jax.Array]:
         """Only the parameters of a step: no optimizer state is read."""
-        item = {"params": dict(abstract)}
-        args = ocp.args.PyTreeRestore(item, ocp.checkpoint_utils.construct_restore_args(item), partial_restore=True)
+        args = _restore_args({"params": dict(abstract)}, partial_restore=True)
         return self._restore(step, ocp.args.Composite(state=args))["state"]["params"]
 
     def read_meta(self, step: int) -> dict[str, Any]:
@@ -102,6 +101,11 @@ class CheckpointManager:
                 f"{self.directory / str(step)}: cannot be restored: {error}. Was it written with another model, "
                 "optimizer or freeze list? Start in a new config.run.dir, or remove this step to use the one before."
             ) from error
+
+
+def _restore_args(item: dict[str, Any], partial_restore: bool = False) -> ocp.args.PyTreeRestore:
+    arrays = ocp.checkpoint_utils.construct_restore_args(item)
+    return ocp.args.PyTreeRestore(item, arrays, partial_restore=partial_restore)
 
 
 def _negative_loss(metrics: Mapping[str, float]) -> float:

@@ -1,0 +1,41 @@
+# Every target sets itself up: the first run makes .venv and installs what constraints.txt pins.
+PYTHON ?= python3
+BIN := .venv/bin
+PARITY := .venv-parity/bin
+CONSTRAIN := $(if $(shell $(PYTHON) -c 'import sys; print("y" if sys.version_info[:2] == (3, 11) else "")'),-c constraints.txt)
+
+.PHONY: demo test test-slow test-parity format clean
+
+demo: .venv/ready
+	$(BIN)/python -m sft_jax.cli.demo
+
+test: .venv/ready
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/python -m pytest -q -m "not slow and not parity"
+
+test-slow: .venv/ready
+	$(BIN)/python -m pytest -q -m slow
+
+test-parity: .venv-parity/ready
+	$(PARITY)/python -m pytest -q -m parity
+
+format: .venv/ready
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+clean:
+	rm -rf .venv .venv-parity build runs
+
+.venv/ready: pyproject.toml constraints.txt
+	$(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install --quiet $(CONSTRAIN) -e '.[test]'
+	touch $@
+
+# torch first, alone: whatever depends on it then takes this build.
+.venv-parity/ready: pyproject.toml constraints.txt
+	$(PYTHON) -m venv .venv-parity
+	$(PARITY)/python -m pip install --quiet torch==2.13.0
+	$(PARITY)/python -m pip install --quiet $(CONSTRAIN) transformers==5.23.0 -e '.[test]'
+	touch $@

@@ -1,0 +1,118 @@
+"""The door of the config: what it refuses, how it says so, and that every option is read somewhere."""
+
+import ast
+import dataclasses
+import importlib.util
+from pathlib import Path
+
+import pytest
+
+import sft_jax
+from sft_jax.command_line import read_config
+from sft_jax.config import MESH_AXES, default_config, from_config_dict, validate
+from sft_jax.config_schema import Config
+from sft_jax.datatypes import ConfigError
+
+ROOT = Path(sft_jax.__file__).parent
+CONFIGS = sorted((ROOT.parent / "configs").glob("*.py"))
+
+
+def good_config():
+    config = default_config()
+    config.model.preset = "testbed"
+    config.data.tokenizer = "tokenizer"
+    config.data.train = [dict(path="a.jsonl"), dict(path="b.jsonl")]
+    return config
+
+
+def test_defaults_convert():
+    config = from_config_dict(good_config())
+    assert config.data.train[1].path == "b.jsonl"
+    assert config.schedule.num_steps is None
+    assert from_config_dict(config.to_dict()) == config
+
+
+@pytest.mark.parametrize(
+    ("path", "value", "message"),
+    [
+        ("batch.batch_size", 0, "config.batch.batch_size: is 0; expected at least 1"),
+        ("batch.grad_accum_steps", 3, "config.batch.grad_accum_steps: 3 does not divide batch_size 64"),
+        ("optimizer.name", "adam", "config.optimizer.name: is 'adam'; expected one of adamw"),
+        ("optimizer.learning_rate", float("nan"), "config.optimizer.learning_rate: is nan"),
+        ("schedule.decay_fraction", 0.1, "config.schedule.decay_fraction: is set, but cosine has no such parameter"),
+        ("mesh.replica", -1, "config.mesh: has more than one axis at -1"),
+        ("mesh.context", 2, "config.mesh.context: is 2; only 1 is supported"),
+        ("checkpoint.best_by", "nope", "config.checkpoint.best_by: is 'nope'"),
+        ("log.profile_steps", (3,), "config.log.profile_steps: is (3,)"),
+        ("loss.label_smoothing", 1.0, "config.loss.label_smoothing: is 1.0; expected below 1"),
+        ("data.train", [dict(path="a.jsonl", format="csv")], "config.data.train[0].format: is 'csv'"),
+        (
+            "data.train",
+            [dict(path="x/a.jsonl"), dict(path="y/a.jsonl")],
+            "config.data.train[1].name: 'a' is used twice",
+        ),
+        ("data.train", [dict(pth="a.jsonl")], "config.data.train[0].pth: no such field. Did you mean"),
+        ("data.train", [], "config.data.train: is empty"),
+    ],
+)
+def test_refuses(path, value, message):
+    config = good_config()
+    section, name = path.split(".")
+    config[section][name] = value
+    with pytest.raises(ConfigError) as error:
+        from_config_dict(config)
+    assert message in str(error.value)
+
+
+def test_wrong_types_and_unknown_fields_are_all_reported_together():
+    values = from_config_dict(good_config()).to_dict()
+    values["batch"]["batch_size"] = "many"
+    values["batch"]["btach_size"] = 3
+    values["optimzer"] = {}
+    values["data"]["train"][0]["path"] = 5
+    with pytest.raises(ConfigError) as error:
+        from_config_dict(values)
+    for part in ("config.batch.batch_size: is 'many' (str); expected int", "Did you mean config.batch.batch_size?",
+                 "config.optimzer: no such field", "config.data.train[0].path: is 5 (int); expected str"):  # fmt: skip
+        assert part in str(error.value)
+
+
+@pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.name)
+def test_every_config_file_is_valid(path, monkeypatch, tmp_path):
+    monkeypatch.setenv("SFT_JAX_ASSETS", str(tmp_path))
+    spec = importlib.util.spec_from_file_location(path.stem, path)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    assert validate(from_config_dict(module.get_config())) == []
+    assert f"--config=configs/{path.name}" in module.__doc__, "a config's docstring carries its command"
+
+
+def test_overrides_on_the_command_line(tmp_path):
+    path = tmp_path / "c.py"
+    path.write_text(
+        "from sft_jax.config import default_config\n"
+        "def get_config():\n"
+        "    c = default_config(); c.model.path = 'm'; c.data.train = [dict(path='a.jsonl')]; return c\n"
+    )
+    args = [f"--config={path}", "--config.schedule.num_steps=7", "--config.data.train[0].path=b.jsonl"]
+    config = read_config([*args, "--config.optimizer.b1=0.5", "--config.log.tensorboard=false"])
+    assert (config.schedule.num_steps, config.optimizer.b1, config.log.tensorboard) == (7, 0.5, False)
+    assert config.data.train[0].path == "b.jsonl"
+    for args in (["--config.modle.path=x"], ["--config.batch.batch_size=lots"], ["stray"], ["--confg=3"]):
+        with pytest.raises(ConfigError):
+            read_config([f"--config={path}", *args])
+    with pytest.raises(ConfigError, match="no such file"):
+        read_config([f"--config={tmp_path}/none.py"])
+
+
+def test_every_option_is_read_below_the_door():
+    """A field that no code reads would be parsed and ignored."""
+    read = set()
+    for path in ROOT.rglob("*.py"):
+        if path.name not in ("config.py", "config_schema.py"):
+            read |= {node.attr for node in ast.walk(ast.parse(path.read_text())) if isinstance(node, ast.Attribute)}
+    schema = ast.parse((ROOT / "config_schema.py").read_text())
+    inside = {node.attr for node in ast.walk(schema) if isinstance(node, ast.Attribute)}
+    for section in dataclasses.fields(Config):
+        for field in dataclasses.fields(section.default_factory):
+            assert field.name in read | inside | set(MESH_AXES), f"{section.name}.{field.name} is never read"
