@@ -181,7 +181,7 @@ def open_model_config(config: Config, renderer: Renderer) -> TransformerConfig:
 def open_params(config: Config, model: TransformerConfig, shardings: Mapping[str, NamedSharding]) -> Params:
     """Pretrained weights, each tensor straight to its shards; or random ones where the config names no folder."""
     if config.model.path:
-        return load_pretrained(config.model.path, model, shardings, config.model.param_dtype, model.vocab_size)
+        return load_pretrained(config.model.path, model, shardings, config.model.param_dtype)
     init = jax.jit(init_params, static_argnums=(0, 2), out_shardings=dict(shardings))
     return init(model, jax.random.key(config.run.seed), config.model.param_dtype)
 

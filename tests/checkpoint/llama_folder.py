@@ -19,7 +19,7 @@ TINY_TIED = dataclasses.replace(TINY, tie_embeddings=True)
 
 
 def llama_shapes(config: TransformerConfig) -> dict[str, tuple[int, ...]]:
-    """transformers' names and shapes, spelt out."""
+    """Names and shapes as transformers has them, spelt out."""
     d, f, h = config.embed_dim, config.mlp_dim, config.head_dim
     shapes = {"model.embed_tokens.weight": (config.vocab_size, d), "model.norm.weight": (d,)}
     if not config.tie_embeddings:

@@ -79,7 +79,7 @@ WRONG = {
     "an adapter": (llama_tensors(TINY) | {"base.lora_A.weight": np.zeros(1)}, "an adapter"),
     "another shape": (
         llama_tensors(TINY) | {QUERY_1: np.zeros((16, 48), np.float32)},
-        r"x.safetensors: tensor model.layers.1.self_attn.q_proj.weight is \[16, 48\], and config.json asks for \[48, 16\]",
+        rf"x.safetensors: tensor {QUERY_1} is \[16, 48\], and config.json asks for \[48, 16\]",
     ),
     "quantized": (llama_tensors(TINY) | {QUERY_1: np.zeros((48, 16), np.int8)}, "has dtype int8; quantized"),
 }
