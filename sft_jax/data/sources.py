@@ -40,8 +40,8 @@ def check_source_path(path: str, field: str) -> None:
 def read_rows(path: str, on_bytes: Callable[[bytes], object] | None = None) -> Iterator[RawRow | BadRow]:
     """Read JSON lines.
 
-    A line ends at \\n or \\r\\n and nowhere else (U+2028 may stand inside a string). Blank lines and a byte order mark at
-    the start of the file are skipped.
+    A line ends at \\n or \\r\\n and nowhere else (U+2028 may stand in a string). Skipped are blank lines, and a byte
+    order mark at the start of the file.
 
     Args:
       on_bytes: is given every byte read, such as a digest's `update`: the caller then knows what the rows came from.

@@ -1,0 +1,226 @@
+"""Lengths in, the rows of an epoch out; then examples in, one `PackedRow` out. numpy only.
+
+A plan is a pure function of (lengths, max_seq_len, seed, epoch), and every epoch has the same number of rows, so what
+row number i of a run holds is known without planning the epochs before it. Five examples in rows of 8, unshuffled:
+
+    example    0 1 2 3 4          row 0: examples 0, 3     0 0 0 3 3 3 3 3
+    length     3 6 2 5 4          row 1: examples 1, 2     1 1 1 1 1 1 2 2
+                                  row 2: example  4        4 4 4 4 . . . .
+"""
+
+import bisect
+import functools
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import numpy as np
+
+from sft_jax.datatypes import PackedRow, TokenizedExample
+
+PLAN_VERSION = 1
+"""Raised whenever the same lengths and seed give other rows or another order: a resumed run must notice."""
+
+
+@dataclass(frozen=True, slots=True)
+class PackingPlan:
+    """The rows of one epoch, in order: row r holds `example_ids[row_offsets[r] : row_offsets[r + 1]]`, laid out in that
+    order. Every example stands in exactly one row."""
+
+    row_offsets: np.ndarray  # int64 [num_rows + 1]
+    example_ids: np.ndarray  # int64 [num_examples]
+
+    @property
+    def num_rows(self) -> int:
+        return len(self.row_offsets) - 1
+
+    def examples_of(self, row: int) -> np.ndarray:
+        return self.example_ids[self.row_offsets[row] : self.row_offsets[row + 1]]
+
+
+def plan_epoch(
+    lengths: np.ndarray, max_seq_len: int, seed: int | None, epoch: int, packing: str = "best_fit"
+) -> PackingPlan:
+    """Put examples of the given lengths, each from 1 to max_seq_len, into rows of max_seq_len.
+
+    Which lengths share a row depends on the lengths alone. The seed and the epoch decide which example of a length
+    takes which of its places, the order of examples within each row, and the order of rows.
+
+    Args:
+      seed: None for no shuffling: equal lengths take places in their own order, and rows come in order of their first
+        example, so that with packing `none` the rows are the examples as they stand.
+      packing: `best_fit`, or `none`: one example a row.
+    """
+    assert lengths.min() >= 1
+    assert lengths.max() <= max_seq_len
+    draw = _Draw(seed, epoch)
+    place_lengths, places_per_row = _lay_out(lengths, max_seq_len, packing)
+
+    # Examples and places meet in order of length; ties among the examples are drawn.
+    by_length = draw.order(len(lengths))
+    by_length = by_length[np.argsort(lengths[by_length], kind="stable")]
+    example_at = np.empty(len(lengths), np.int64)
+    example_at[np.argsort(place_lengths, kind="stable")] = by_length
+
+    row_of_place = np.repeat(np.arange(len(places_per_row)), places_per_row)
+    if seed is None:
+        first_example = np.minimum.reduceat(example_at, np.cumsum(places_per_row) - places_per_row)
+        row_order, within_row = np.argsort(first_example), np.argsort(example_at)
+    else:
+        row_order, within_row = draw.order(len(places_per_row)), draw.order(len(lengths))
+    rank = np.empty_like(row_order)
+    rank[row_order] = np.arange(len(row_order))
+    places = within_row[np.argsort(rank[row_of_place[within_row]], kind="stable")]
+    row_offsets = np.concatenate([[0], np.cumsum(places_per_row[row_order])])
+    return PackingPlan(row_offsets, example_at[places])
+
+
+def attention_costs(plan: PackingPlan, lengths: np.ndarray) -> np.ndarray:
+    """The sum of length^2 over each row's examples, int64 [num_rows]: what attention within segments costs."""
+    squares = lengths[plan.example_ids].astype(np.int64) ** 2
+    return np.add.reduceat(squares, plan.row_offsets[:-1])  # no row of a plan is empty
+
+
+def balanced_order(costs: np.ndarray) -> np.ndarray:
+    """The order in which to lay the rows of a batch, so that its contiguous parts cost about the same, be they 2, 4, 8
+    or more: no host count enters.
+
+    From the costliest on, rows are dealt to the halves of the batch as A B B A A B B A ..., and so within each half.
+    For 8 rows of cost 8, 7, ..., 1:
+
+        position    0 1 2 3 4 5 6 7
+        cost        8 1 5 4 7 2 6 3      halves 18 + 18, quarters 9 + 9 + 9 + 9
+    """
+    return np.argsort(-costs, kind="stable")[_deal_ranks(len(costs))]
+
+
+@functools.cache
+def _deal_ranks(num_rows: int) -> np.ndarray:
+    """The rank by cost of the row at each position of a batch."""
+
+    def deal(ranks: np.ndarray) -> np.ndarray:
+        if len(ranks) <= 2:
+            return ranks
+        first = np.isin(np.arange(len(ranks)) % 4, (0, 3))
+        return np.concatenate([deal(ranks[first]), deal(ranks[~first])])
+
+    return deal(np.arange(num_rows))
+
+
+def assemble_row(examples: Sequence[TokenizedExample], source_ids: Sequence[int], max_seq_len: int) -> PackedRow:
+    """Lay examples one after another; `PackedRow` shows the layout. No examples: a row of padding.
+
+    Args:
+      source_ids: the index of each example's source.
+    """
+    lengths = np.fromiter((len(example) for example in examples), np.int64, len(examples))
+    used = int(lengths.sum())
+    assert used <= max_seq_len
+    row = PackedRow(
+        inputs=np.zeros(max_seq_len, np.int32),
+        targets=np.zeros(max_seq_len, np.int32),
+        loss_weights=np.zeros(max_seq_len, np.float32),
+        segment_ids=np.zeros(max_seq_len, np.int32),
+        positions=np.zeros(max_seq_len, np.int32),
+        source_ids=np.zeros(max_seq_len, np.int32),
+        origins=tuple(example.origin for example in examples),
+    )
+    if examples:
+        np.concatenate([example.inputs for example in examples], out=row.inputs[:used])
+        np.concatenate([example.targets for example in examples], out=row.targets[:used])
+        np.concatenate([example.loss_weights for example in examples], out=row.loss_weights[:used])
+        row.segment_ids[:used] = np.repeat(np.arange(1, len(examples) + 1), lengths)
+        row.positions[:used] = np.arange(used) - np.repeat(np.cumsum(lengths) - lengths, lengths)
+        row.source_ids[:used] = np.repeat(source_ids, lengths)
+    return row
+
+
+class _Draw:
+    """Permutations from (seed, epoch), by sorting raw Philox words: numpy promises that those never change, and
+    promises no such thing of `Generator.permutation`."""
+
+    def __init__(self, seed: int | None, epoch: int):
+        self._words = None if seed is None else np.random.Philox(key=np.array([seed, epoch], np.uint64))
+
+    def order(self, count: int) -> np.ndarray:
+        """The next permutation of range(count), int64; the identity where there is no seed."""
+        if self._words is None:
+            return np.arange(count)
+        return np.argsort(self._words.random_raw(count), kind="stable")
+
+
+# --- Best fit decreasing, by counting --------------------------------------------------------------------------------
+
+
+class _Content(NamedTuple):
+    """What rows of one kind hold: `copies` examples of `length`, and what was laid before them."""
+
+    before: "_Content | None"
+    length: int
+    copies: int
+
+
+_NOTHING = _Content(None, 0, 0)
+
+
+def _lay_out(lengths: np.ndarray, max_seq_len: int, packing: str) -> tuple[np.ndarray, np.ndarray]:
+    """The places of all rows, one row after another: (length of each place [N], places of each row [num_rows])."""
+    if packing == "none":
+        return lengths, np.ones(len(lengths), np.int64)
+    place_lengths, places_per_row = [], []
+    for content, num_rows in _fit_lengths(np.bincount(lengths), max_seq_len):
+        row: list[int] = []
+        part: _Content | None = content
+        while part is not None:
+            row += [part.length] * part.copies
+            part = part.before
+        place_lengths.append(np.tile(row, num_rows))
+        places_per_row.append(np.full(num_rows, len(row)))
+    return np.concatenate(place_lengths), np.concatenate(places_per_row)
+
+
+def _fit_lengths(histogram: np.ndarray, max_seq_len: int) -> list[tuple[_Content, int]]:
+    """Best fit decreasing: from the longest example to the shortest, each into the row with the least space that still
+    holds it, or else into a new one.
+
+    Equal lengths are placed together. The row that took one has less space than before, so it is the best fit for the
+    next while it holds one: each row of a kind takes as many as it can before the next row takes any. A step therefore
+    fills all rows of a kind, or uses up the length; the number of steps follows from the lengths that occur, not from
+    the number of examples.
+
+    Args:
+      histogram: the number of examples of each length, from 0.
+
+    Returns:
+      (content, number of rows that hold it) for each kind of row.
+    """
+    kinds: dict[int, list[tuple[_Content, int]]] = {}  # space left -> the kinds of row that have it
+    spaces: list[int] = []  # its keys, ascending
+
+    def add(space: int, content: _Content, num_rows: int) -> None:
+        if num_rows:
+            if space not in kinds:
+                bisect.insort(spaces, space)
+                kinds[space] = []
+            kinds[space].append((content, num_rows))
+
+    for length in np.flatnonzero(histogram)[::-1].tolist():
+        left = int(histogram[length])
+        while left:
+            at = bisect.bisect_left(spaces, length)
+            if at < len(spaces):
+                space = spaces[at]
+                content, num_rows = kinds[space].pop()
+                if not kinds[space]:
+                    del kinds[space], spaces[at]
+            else:  # new rows, enough for all that is left
+                space, content, num_rows = max_seq_len, _NOTHING, -(-left // (max_seq_len // length))
+            per_row = space // length
+            full = min(num_rows, left // per_row)
+            part = 0 if full == num_rows else left - full * per_row  # what the next row takes: less than it could
+            add(space - per_row * length, _Content(content, length, per_row), full)
+            if part:
+                add(space - part * length, _Content(content, length, part), 1)
+            add(space, content, num_rows - full - bool(part))
+            left -= full * per_row + part
+    return [kind for same_space in kinds.values() for kind in same_space]
