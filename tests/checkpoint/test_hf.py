@@ -9,6 +9,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import jax
 import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
@@ -17,10 +18,9 @@ import safetensors.numpy
 from llama_folder import TINY, TINY_TIED, llama_tensors, write_folder, write_sparse_folder
 
 from sft_jax.checkpoint.hf import check_export_target, export_pretrained, load_pretrained, read_config
-from sft_jax.checkpoint.hf_names import tensor_rules
 from sft_jax.config_schema import MeshConfig
 from sft_jax.datatypes import ConfigError, StorageError
-from sft_jax.model.transformer import logical_dims
+from sft_jax.model.transformer import abstract_params, forward, logical_dims, output_head
 from sft_jax.sharding import build_mesh, shardings_for
 
 
@@ -54,7 +54,7 @@ def export(folder: Path, params, config, dtype: str = "float32", **kwargs) -> Pa
 
 
 def shardings(config, **axes: int):
-    shapes = {rule.path: rule.shape(config) for rule in tensor_rules(config)}
+    shapes = {path: leaf.shape for path, leaf in abstract_params(config, "float32").items()}
     return shardings_for(build_mesh(MeshConfig(**axes)), {path: logical_dims(path) for path in shapes}, shapes)
 
 
@@ -249,6 +249,24 @@ def test_an_interrupted_export_leaves_the_old_one(folder: Path, tmp_path: Path, 
     assert {values.dtype for values in safetensors.numpy.load_file(out / "model.safetensors").values()} == {
         np.dtype(ml_dtypes.bfloat16)
     }
+
+
+def test_the_real_model_predicts_as_expected_and_survives_the_round_trip(assets: Path, tmp_path: Path) -> None:
+    folder = assets / "models" / "TinyStories-656K"  # tied, and stored under the head's name only
+    expected = json.loads((folder / "expected.json").read_text())
+    config, _ = read_config(folder)
+    params = load_pretrained(folder, config, shardings(config, fsdp=2, tensor=4), "float32")
+    ids = jnp.asarray([expected["prompt_ids"]])
+    options = {"compute_dtype": "float32", "remat": "none", "attention": "reference"}
+    hidden = forward(params, config, ids, jnp.arange(ids.size)[None], jnp.ones_like(ids), **options)
+    logprobs = jax.nn.log_softmax(hidden[0] @ output_head(params).T)
+    got = jnp.take_along_axis(logprobs[:-1], ids[0, 1:, None], axis=-1)[:, 0]
+    np.testing.assert_allclose(got, expected["next_token_logprobs"], atol=1e-4, rtol=0)
+
+    stored = safetensors.numpy.load_file(folder / "model.safetensors")
+    exported = safetensors.numpy.load_file(export(tmp_path / "out", params, config) / "model.safetensors")
+    stored["model.embed_tokens.weight"] = stored.pop("lm_head.weight")
+    assert {n: v.tobytes() for n, v in exported.items()} == {n: v.tobytes() for n, v in stored.items()}
 
 
 _MEASURE = """

@@ -11,6 +11,7 @@ from llama_folder import TINY, TINY_TIED, llama_tensors
 from sft_jax.checkpoint.hf_names import LLAMA, hf_tensors, match_tensors, tensor_rules
 from sft_jax.checkpoint.safetensors_io import TensorInfo
 from sft_jax.datatypes import StorageError
+from sft_jax.model.transformer import abstract_params
 
 
 def index_of(tensors: dict[str, np.ndarray]) -> dict[str, TensorInfo]:
@@ -25,6 +26,9 @@ def test_every_tensor_of_a_folder_has_exactly_one_place(config) -> None:
     assert sorted(names) == sorted(tensors)
     listed = {name: rule.hf_shape(config) for name, rule, _ in hf_tensors(config)}
     assert listed == {name: values.shape for name, values in tensors.items()}
+    assert {rule.path: rule.shape(config) for rule in tensor_rules(config)} == {
+        path: leaf.shape for path, leaf in abstract_params(config, "float32").items()
+    }
     for rule in tensor_rules(config):
         num_values = sum(math.prod(tensor.shape) for tensor in matched[rule.path])
         assert math.prod(rule.shape(config)) == num_values

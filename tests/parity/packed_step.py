@@ -1,0 +1,57 @@
+"""A folder and a packed batch through our own import and our own step: the loss, and the gradients that it applies."""
+
+from pathlib import Path
+
+import jax
+import numpy as np
+import optax
+
+from sft_jax.checkpoint.hf import load_pretrained, read_config
+from sft_jax.checkpoint.hf_names import hf_tensors
+from sft_jax.config_schema import BatchConfig, Config, LossConfig, MeshConfig, ModelConfig, OptimizerConfig
+from sft_jax.datatypes import HostBatch
+from sft_jax.model.transformer import logical_dims
+from sft_jax.sharding import build_mesh, place_batch, shardings_for
+from sft_jax.training.optimizer import build_optimizer
+from sft_jax.training.state import init_state
+from sft_jax.training.step import make_train_step
+
+# An update so large that the old parameter vanishes beside it: minus the update is the gradient, to the last bits.
+_LEARNING_RATE = 2.0**20
+
+
+def step_loss_and_grads(
+    folder: Path, batch: dict[str, np.ndarray], mesh_config: MeshConfig, num_devices: int, grad_accum_steps: int = 1
+) -> tuple[float, dict[str, np.ndarray]]:
+    """(loss, gradients under the folder's names) of one step in float32."""
+    config = Config(
+        model=ModelConfig(compute_dtype="float32"),
+        batch=BatchConfig(batch_size=len(batch["inputs"]), grad_accum_steps=grad_accum_steps),
+        loss=LossConfig(chunk_tokens=7),
+        optimizer=OptimizerConfig(name="sgd", grad_clip_norm=0.0),
+    )
+    model, _ = read_config(folder)
+    mesh = build_mesh(mesh_config, jax.devices()[:num_devices])
+    shapes = {rule.path: rule.shape(model) for _, rule, _ in hf_tensors(model)}
+    shardings = shardings_for(mesh, {path: logical_dims(path) for path in shapes}, shapes)
+    params = load_pretrained(folder, model, shardings, "float32")
+    optimizer = build_optimizer(config.optimizer)
+    step = make_train_step(config, model, optimizer, optax.constant_schedule(_LEARNING_RATE), mesh)
+    origins = ((),) * len(batch["inputs"])
+    placed = place_batch(HostBatch(step=0, **batch, origins=origins), mesh, config.batch.batch_size)
+    state, metrics = jax.jit(step)(init_state(params, optimizer), {}, placed)
+    grads = {
+        path: (np.asarray(params[path], np.float64) - np.asarray(state.params[path])) / _LEARNING_RATE
+        for path in params
+    }
+    named = {
+        name: rule.to_hf(grads[rule.path][layer] if rule.is_stacked else grads[rule.path])
+        for name, rule, layer in hf_tensors(model)
+    }
+    return float(metrics["loss"]), named
+
+
+def relative_difference(ours: dict[str, np.ndarray], theirs: dict[str, np.ndarray]) -> float:
+    """The largest ||a - b|| / ||b|| of any tensor."""
+    assert ours.keys() == theirs.keys()
+    return max(float(np.linalg.norm(ours[n] - theirs[n]) / np.linalg.norm(theirs[n])) for n in theirs)

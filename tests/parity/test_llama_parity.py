@@ -1,0 +1,170 @@
+"""Live, beside transformers and torch: the same folder, the same logits; the same packed batch, the same gradients; and
+what we export, transformers loads whole.
+"""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from sft_jax.checkpoint.hf import export_pretrained, load_pretrained, read_config
+from sft_jax.config_schema import MeshConfig
+from sft_jax.model.transformer import forward, output_head
+
+torch = pytest.importorskip("torch", reason="torch is not installed here; make test-parity installs it")
+transformers = pytest.importorskip("transformers")
+
+from packed_step import relative_difference, step_loss_and_grads  # noqa: E402
+from torch_reference import LLAMA3_ROPE, loss_and_grads, random_llama, random_packed_batch  # noqa: E402
+
+pytestmark = pytest.mark.parity
+
+LENGTH = 80  # past LLAMA3_ROPE's original length of 32
+MODELS: dict[str, dict[str, Any]] = {
+    "grouped_query_untied": dict(
+        vocab_size=97, hidden_size=48, intermediate_size=80, num_hidden_layers=3, num_attention_heads=6,
+        num_key_value_heads=2, tie_word_embeddings=False,
+    ),
+    "multi_query_tied_wide_heads": dict(
+        vocab_size=61, hidden_size=36, intermediate_size=53, num_hidden_layers=2, num_attention_heads=3, head_dim=10,
+        num_key_value_heads=1, tie_word_embeddings=True, rms_norm_eps=1e-6,
+    ),
+    "multi_head_llama3_rope": dict(
+        vocab_size=64, hidden_size=32, intermediate_size=40, num_hidden_layers=2, num_attention_heads=4,
+        num_key_value_heads=4, tie_word_embeddings=False, rope_parameters=LLAMA3_ROPE,
+    ),
+    "one_layer_large_theta": dict(
+        vocab_size=50, hidden_size=16, intermediate_size=24, num_hidden_layers=1, num_attention_heads=2,
+        num_key_value_heads=1, tie_word_embeddings=True, rope_parameters={"rope_type": "default", "rope_theta": 1e6},
+    ),
+}  # fmt: skip
+
+
+class NoTokenizer:
+    """Ids for config.json, and no files: these models have random vocabularies."""
+
+    vocab_size = 0
+    bos_token, eos_token, unk_id, adds_bos, chat_template = "<s>", "</s>", None, True, ""
+    control_tokens = {"<s>": 1, "</s>": 2}  # noqa: RUF012
+
+    def encode(self, text: str, *, continuation: bool = False) -> list[int]:
+        raise NotImplementedError
+
+    def decode(self, ids: Any) -> str:
+        raise NotImplementedError
+
+    def token_id(self, token: str) -> int | None:
+        return self.control_tokens.get(token)
+
+    def fingerprint(self) -> str:
+        raise NotImplementedError
+
+    def save(self, folder: Any, chat_template: str) -> None:
+        pass
+
+
+@pytest.fixture(params=MODELS)
+def llama(request, tmp_path: Path):
+    """(a transformers model, the folder it saved)."""
+    model = random_llama(seed=1, **MODELS[request.param])
+    folder = tmp_path / "model"
+    model.save_pretrained(folder)
+    return model, folder
+
+
+def our_logits(folder: Path, ids: np.ndarray) -> np.ndarray:
+    config, _ = read_config(folder)
+    params = load_pretrained(folder, config, None, "float32")
+    positions = np.broadcast_to(np.arange(ids.shape[1], dtype=np.int32), ids.shape)
+    options = {"compute_dtype": "float32", "remat": "none", "attention": "reference"}
+    hidden = forward(params, config, jnp.asarray(ids), jnp.asarray(positions), jnp.ones_like(ids), **options)
+    return np.asarray(jnp.einsum("bld,vd->blv", hidden, output_head(params)))
+
+
+def their_logits(model: Any, ids: np.ndarray) -> np.ndarray:
+    with torch.no_grad():
+        return model(input_ids=torch.tensor(ids, dtype=torch.long)).logits.numpy()
+
+
+def load_in_transformers(folder: Path) -> Any:
+    """The model, with nothing missing, left over, resized or otherwise remarked on."""
+    model, notes = transformers.AutoModelForCausalLM.from_pretrained(
+        folder, output_loading_info=True, attn_implementation="eager"
+    )
+    assert not any(notes.values()), notes
+    return model.eval()
+
+
+def random_ids(vocab_size: int) -> np.ndarray:
+    return np.random.default_rng(0).integers(vocab_size, size=(2, LENGTH)).astype(np.int32)
+
+
+def test_logits_and_log_probabilities_are_equal(llama) -> None:
+    model, folder = llama
+    ids = random_ids(model.config.vocab_size)
+    ours, theirs = our_logits(folder, ids), their_logits(model, ids)
+    assert np.abs(theirs).max() > 1  # there is something to compare
+    assert np.abs(ours - theirs).max() <= 2e-4
+    our_logprobs = jax.nn.log_softmax(ours)[:, :-1]
+    their_logprobs = torch.log_softmax(torch.tensor(theirs), -1).numpy()[:, :-1]
+    of_next = ids[:, 1:, None]
+    np.testing.assert_allclose(
+        np.take_along_axis(np.asarray(our_logprobs), of_next, -1),
+        np.take_along_axis(their_logprobs, of_next, -1),
+        atol=1e-4, rtol=0,
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize(("num_devices", "axes"), [(1, {}), (4, {"replica": 4, "fsdp": 1})], ids=["one", "four"])
+def test_loss_and_gradients_of_a_packed_batch_are_equal(llama, num_devices: int, axes: dict[str, int]) -> None:
+    model, folder = llama
+    batch = random_packed_batch(2, model.config.vocab_size)
+    loss, grads = loss_and_grads(model, batch)
+    our_loss, our_grads = step_loss_and_grads(folder, batch, MeshConfig(**axes), num_devices)
+    assert our_loss == pytest.approx(loss, rel=1e-6)
+    assert relative_difference(our_grads, grads) <= 1e-5
+
+
+@pytest.mark.parametrize("max_shard_bytes", [10**9, 20_000])
+def test_transformers_loads_what_we_export(llama, tmp_path: Path, max_shard_bytes: int) -> None:
+    model, folder = llama
+    config, _ = read_config(folder)
+    params = load_pretrained(folder, config, None, "float32")
+    out = tmp_path / "export"
+    export_pretrained(out, params, config, NoTokenizer(), "", (7,), max_shard_bytes=max_shard_bytes)
+    loaded = load_in_transformers(out)
+    expected = model.state_dict()
+    assert loaded.state_dict().keys() == expected.keys()
+    assert all(torch.equal(values, expected[name]) for name, values in loaded.state_dict().items())
+    assert loaded.generation_config.eos_token_id == loaded.config.eos_token_id == [7, 2]
+    ids = random_ids(config.vocab_size)
+    np.testing.assert_array_equal(their_logits(loaded, ids), their_logits(model, ids))
+
+
+def test_a_bfloat16_export_is_loaded_as_bfloat16(llama, tmp_path: Path) -> None:
+    model, folder = llama
+    config, _ = read_config(folder)
+    params = load_pretrained(folder, config, None, "float32")
+    export_pretrained(tmp_path / "export", params, config, NoTokenizer(), "", (7,), "bfloat16")
+    loaded = load_in_transformers(tmp_path / "export")
+    assert loaded.dtype == torch.bfloat16
+    for name, values in loaded.state_dict().items():
+        assert torch.equal(values, model.state_dict()[name].bfloat16())
+
+
+def test_the_real_model_goes_in_and_out(assets: Path, tmp_path: Path) -> None:
+    folder = assets / "models" / "TinyStories-656K"
+    expected = json.loads((folder / "expected.json").read_text())
+    ids = np.asarray([expected["greedy_ids"]], np.int32)
+    ours = our_logits(folder, ids)
+    assert np.abs(ours - their_logits(load_in_transformers(folder), ids)).max() <= 1e-4
+
+    config, _ = read_config(folder)
+    params = load_pretrained(folder, config, None, "float32")
+    export_pretrained(tmp_path / "export", params, config, NoTokenizer(), "", (2,))
+    exported = load_in_transformers(tmp_path / "export")
+    assert np.abs(ours - their_logits(exported, ids)).max() <= 1e-4
