@@ -236,7 +236,7 @@ def plan_shards(specs: Iterable[TensorSpec], max_shard_bytes: int) -> list[tuple
     shards: list[list[TensorSpec]] = [[]]
     shard_bytes = 0
     for spec in specs:
-        if shards[-1] and shard_bytes + spec.num_bytes > max_shard_bytes:
+        if shard_bytes and shard_bytes + spec.num_bytes > max_shard_bytes:
             shards.append([])
             shard_bytes = 0
         shards[-1].append(spec)
