@@ -1,6 +1,11 @@
 """The demo: an 0.9M-parameter completer of documents learns to answer, from demonstrations about half of its world.
 
-    make demo        (or, in an environment that is set up: python -m sft_jax.cli.demo)
+    make demo
+
+makes the files, trains, and asks questions before and after (python -m sft_jax.cli.demo). The training alone:
+
+    python -m sft_jax.testbed.make --to=build/testbed
+    python -m sft_jax.main --config=configs/demo.py
 
 About a minute of training on 2 cores. The base answers nothing and never stops; afterwards it answers at least 90% of
 the questions about people whom no demonstration names, in the format asked for, and stops.
