@@ -29,28 +29,30 @@ BASE_MODEL = str(Path(__file__).parent / "base_model")
 
 
 def make_testbed(folder: Path) -> None:
-    """Write the folder above. A file appears under its name only when it is whole."""
+    """Write the folder above."""
     folder.mkdir(parents=True, exist_ok=True)
     world = make_world()
     documents = list(write_documents(world))
-    _write_rows(folder / "documents.jsonl", ({"text": text} for text in documents))
+    write_rows(folder / "documents.jsonl", ({"text": text} for text in documents))
     for name, conversations in (("demonstrations", write_demonstrations(world)), ("held_out", write_held_out(world))):
-        _write_rows(folder / f"{name}.jsonl", ({"messages": _as_json(messages)} for messages in conversations))
-    _write_rows(
+        write_rows(folder / f"{name}.jsonl", ({"messages": as_json(messages)} for messages in conversations))
+    write_rows(
         folder / "questions.jsonl",
         (
-            {"messages": _as_json(q.messages), "format": q.format, "answer": q.answer, "person": q.person}
+            {"messages": as_json(q.messages), "format": q.format, "answer": q.answer, "person": q.person}
             for q in write_questions(world)
         ),
     )
     save_tokenizer(train_tokenizer(documents), folder / "tokenizer")
 
 
-def _as_json(messages: Iterable[Message]) -> list[dict[str, str]]:
+def as_json(messages: Iterable[Message]) -> list[dict[str, str]]:
+    """The value of a row's "messages"."""
     return [{"role": message.role, "content": message.content} for message in messages]
 
 
-def _write_rows(path: Path, rows: Iterable[dict[str, Any]]) -> None:
+def write_rows(path: Path, rows: Iterable[dict[str, Any]]) -> None:
+    """Write JSON lines; the file appears under its name only when it is whole."""
     unfinished = path.with_suffix(".unfinished")
     with unfinished.open("w", encoding="utf-8", newline="\n") as file:
         file.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
