@@ -43,6 +43,7 @@ Index = tuple[slice, ...]
 
 _EXPORT_DTYPES = ("float32", "bfloat16", "float16", "float64")
 _EXPORT_RECORD = "sft_jax_export.json"
+_CACHE_BYTES = 2**18  # a quarter of a usual L2 cache
 _BLOCK_ROWS = 4096  # rows of an embedding held at once while it is averaged or compared
 
 
@@ -171,8 +172,7 @@ def _read_shard(source: _Source, index: Index, dtype: str) -> np.ndarray:
 def _read_into(out: np.ndarray, source: _Source, layer: int, index: Index) -> None:
     tensor = source.tensors[layer]
     values = source.rule.from_hf(map_tensor(tensor), source.stored)[index]  # rows past the end are not there
-    with np.errstate(over="ignore", invalid="ignore"):  # what overflows is refused below
-        out[: len(values)] = values
+    _copy_in_blocks(out[: len(values)], values)
     if not np.isfinite(out[: len(values)]).all():
         raise StorageError(
             f"{tensor} has NaN or infinite values (as {out.dtype.name}). The checkpoint is damaged or was saved from a "
@@ -181,6 +181,17 @@ def _read_into(out: np.ndarray, source: _Source, layer: int, index: Index) -> No
     if len(values) < len(out):
         assert source.new_row is not None
         out[len(values) :] = source.new_row[index[1:]]
+
+
+def _copy_in_blocks(out: np.ndarray, values: np.ndarray) -> None:
+    """`out[:] = values` for a transposed view of a file, about four times as fast: a few of the file's rows at a time,
+    which a core's cache holds, so that each page is read once and in order."""
+    outermost = int(np.argmax(values.strides))
+    step = max(1, _CACHE_BYTES // values.strides[outermost])
+    out, values = np.moveaxis(out, outermost, 0), np.moveaxis(values, outermost, 0)
+    with np.errstate(over="ignore", invalid="ignore"):  # the caller refuses what overflows
+        for start in range(0, len(values), step):
+            out[start : start + step] = values[start : start + step]
 
 
 def export_pretrained(

@@ -54,6 +54,20 @@ def write_folder(folder: Path, config: TransformerConfig, tensors: dict[str, np.
     return folder
 
 
+def write_tokenizer(folder: Path) -> Path:
+    """A tokenizer of 40 words: <s> is 1, </s> is 2, <|im_end|> is 39."""
+    words = ["<unk>", "<s>", "</s>", *(f"w{i}" for i in range(36)), "<|im_end|>"]
+    flags = dict.fromkeys(("single_word", "lstrip", "rstrip", "normalized"), False) | {"special": True}
+    added = [{"id": i, "content": words[i]} | flags for i in (0, 1, 2, 39)]
+    model = {"type": "WordLevel", "vocab": {word: i for i, word in enumerate(words)}, "unk_token": "<unk>"}
+    spec = {"version": "1.0", "added_tokens": added, "pre_tokenizer": {"type": "WhitespaceSplit"}, "model": model}
+    folder.mkdir()
+    (folder / "tokenizer.json").write_text(json.dumps(spec))
+    special = {"bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>"}
+    (folder / "tokenizer_config.json").write_text(json.dumps(special))
+    return folder
+
+
 def write_sparse_folder(folder: Path, config: TransformerConfig) -> int:
     """A folder whose float32 weights are all 0 and take no room on disk. Returns their size in bytes."""
     folder.mkdir()

@@ -7,6 +7,7 @@ import os
 import re
 import subprocess
 import sys
+import tempfile
 from pathlib import Path
 
 import jax
@@ -15,41 +16,20 @@ import ml_dtypes
 import numpy as np
 import pytest
 import safetensors.numpy
-from llama_folder import TINY, TINY_TIED, llama_tensors, write_folder, write_sparse_folder
+from llama_folder import TINY, TINY_TIED, llama_tensors, write_folder, write_sparse_folder, write_tokenizer
 
 from sft_jax.checkpoint.hf import check_export_target, export_pretrained, load_pretrained, read_config
 from sft_jax.config_schema import MeshConfig
+from sft_jax.data.tokenizer import Tokenizer, load_tokenizer
 from sft_jax.datatypes import ConfigError, StorageError
 from sft_jax.model.transformer import abstract_params, forward, logical_dims, output_head
 from sft_jax.sharding import build_mesh, shardings_for
 
 
-class PlainTokenizer:
-    """What an export asks of a tokenizer."""
-
-    vocab_size = 40
-    bos_token, eos_token, unk_id, adds_bos, chat_template = "<s>", "</s>", 0, True, ""
-    control_tokens = {"<s>": 1, "</s>": 2, "<|im_end|>": 39}  # noqa: RUF012
-
-    def encode(self, text: str, *, continuation: bool = False) -> list[int]:
-        raise NotImplementedError
-
-    def decode(self, ids) -> str:
-        raise NotImplementedError
-
-    def token_id(self, token: str) -> int | None:
-        return self.control_tokens.get(token)
-
-    def fingerprint(self) -> str:
-        return "plain"
-
-    def save(self, folder, chat_template: str) -> None:
-        (Path(folder) / "tokenizer.json").write_text("{}")
-        (Path(folder) / "chat_template.jinja").write_text(chat_template)
-
-
 def export(folder: Path, params, config, dtype: str = "float32", **kwargs) -> Path:
-    export_pretrained(folder, params, config, PlainTokenizer(), "{{ messages }}", (39,), dtype, **kwargs)
+    with tempfile.TemporaryDirectory() as scratch:
+        tokenizer = load_tokenizer(write_tokenizer(Path(scratch) / "tokenizer"))
+    export_pretrained(folder, params, config, tokenizer, "{{ messages }}", (39,), dtype, **kwargs)
     return folder
 
 
@@ -213,7 +193,7 @@ def test_an_export_says_what_was_trained(folder: Path, tmp_path: Path) -> None:
     assert (fields["vocab_size"], fields["bos_token_id"], fields["eos_token_id"]) == (48, 1, [39, 2])
     assert json.loads((out / "generation_config.json").read_text()) == {"bos_token_id": 1, "eos_token_id": [39, 2]}
     assert (out / "chat_template.jinja").read_text() == "{{ messages }}"
-    assert (out / "tokenizer.json").exists()
+    assert load_tokenizer(out).encode("w3 w0") == [6, 3]
     assert [path.name for path in out.parent.iterdir()] == ["out"]  # nothing temporary is left
 
 
@@ -241,7 +221,7 @@ def test_an_interrupted_export_leaves_the_old_one(folder: Path, tmp_path: Path, 
         raise OSError(28, "No space left on device")
 
     with monkeypatch.context() as patch:
-        patch.setattr(PlainTokenizer, "save", fill_the_disk)
+        patch.setattr(Tokenizer, "save", fill_the_disk)
         with pytest.raises(StorageError, match=r"export failed.*No space left"):
             export(out, params, TINY, "bfloat16")
     assert {path.name: path.read_bytes() for path in out.iterdir()} == old
@@ -271,6 +251,7 @@ def test_the_real_model_predicts_as_expected_and_survives_the_round_trip(assets:
 
 _MEASURE = """
 import sys
+import tempfile
 from pathlib import Path
 import jax, jax.numpy as jnp
 from test_hf import export, shardings

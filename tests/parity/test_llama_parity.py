@@ -10,9 +10,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import tokenizers
 
 from sft_jax.checkpoint.hf import export_pretrained, load_pretrained, read_config
 from sft_jax.config_schema import MeshConfig
+from sft_jax.data.tokenizer import Tokenizer, load_tokenizer
 from sft_jax.model.transformer import forward, output_head
 
 torch = pytest.importorskip("torch", reason="torch is not installed here; make test-parity installs it")
@@ -23,6 +25,7 @@ from torch_reference import LLAMA3_ROPE, loss_and_grads, random_llama, random_pa
 
 pytestmark = pytest.mark.parity
 
+TEMPLATE = "{{ bos_token }} {% for message in messages %}{{ message.content }} <|im_end|>{% endfor %}"
 LENGTH = 80  # past LLAMA3_ROPE's original length of 32
 MODELS: dict[str, dict[str, Any]] = {
     "grouped_query_untied": dict(
@@ -44,27 +47,19 @@ MODELS: dict[str, dict[str, Any]] = {
 }  # fmt: skip
 
 
-class NoTokenizer:
-    """Ids for config.json, and no files: these models have random vocabularies."""
-
-    vocab_size = 0
-    bos_token, eos_token, unk_id, adds_bos, chat_template = "<s>", "</s>", None, True, ""
-    control_tokens = {"<s>": 1, "</s>": 2}  # noqa: RUF012
-
-    def encode(self, text: str, *, continuation: bool = False) -> list[int]:
-        raise NotImplementedError
-
-    def decode(self, ids: Any) -> str:
-        raise NotImplementedError
-
-    def token_id(self, token: str) -> int | None:
-        return self.control_tokens.get(token)
-
-    def fingerprint(self) -> str:
-        raise NotImplementedError
-
-    def save(self, folder: Any, chat_template: str) -> None:
-        pass
+@pytest.fixture
+def tokenizer(tmp_path: Path) -> Tokenizer:
+    """Ours, of a folder that transformers saved: <s> is 1, </s> is 2, <|im_end|> is 7."""
+    words = ["<unk>", "<s>", "</s>", "a", "b", "c", "d", "<|im_end|>"]
+    model = tokenizers.models.WordLevel({word: i for i, word in enumerate(words)}, unk_token="<unk>")
+    backend = tokenizers.Tokenizer(model)
+    backend.pre_tokenizer = tokenizers.pre_tokenizers.WhitespaceSplit()
+    backend.add_special_tokens([words[i] for i in (0, 1, 2, 7)])
+    saved = transformers.PreTrainedTokenizerFast(
+        tokenizer_object=backend, bos_token="<s>", eos_token="</s>", unk_token="<unk>"
+    )
+    saved.save_pretrained(tmp_path / "tokenizer")
+    return load_tokenizer(tmp_path / "tokenizer")
 
 
 @pytest.fixture(params=MODELS)
@@ -130,12 +125,12 @@ def test_loss_and_gradients_of_a_packed_batch_are_equal(llama, num_devices: int,
 
 
 @pytest.mark.parametrize("max_shard_bytes", [10**9, 20_000])
-def test_transformers_loads_what_we_export(llama, tmp_path: Path, max_shard_bytes: int) -> None:
+def test_transformers_loads_what_we_export(llama, tokenizer, tmp_path: Path, max_shard_bytes: int) -> None:
     model, folder = llama
     config, _ = read_config(folder)
     params = load_pretrained(folder, config, None, "float32")
     out = tmp_path / "export"
-    export_pretrained(out, params, config, NoTokenizer(), "", (7,), max_shard_bytes=max_shard_bytes)
+    export_pretrained(out, params, config, tokenizer, TEMPLATE, (7,), max_shard_bytes=max_shard_bytes)
     loaded = load_in_transformers(out)
     expected = model.state_dict()
     assert loaded.state_dict().keys() == expected.keys()
@@ -143,13 +138,16 @@ def test_transformers_loads_what_we_export(llama, tmp_path: Path, max_shard_byte
     assert loaded.generation_config.eos_token_id == loaded.config.eos_token_id == [7, 2]
     ids = random_ids(config.vocab_size)
     np.testing.assert_array_equal(their_logits(loaded, ids), their_logits(model, ids))
+    theirs = transformers.AutoTokenizer.from_pretrained(out)
+    rendered = theirs.apply_chat_template([{"role": "user", "content": "b a"}], return_dict=False)
+    assert rendered == [1, 4, 3, 7]
 
 
-def test_a_bfloat16_export_is_loaded_as_bfloat16(llama, tmp_path: Path) -> None:
+def test_a_bfloat16_export_is_loaded_as_bfloat16(llama, tokenizer, tmp_path: Path) -> None:
     model, folder = llama
     config, _ = read_config(folder)
     params = load_pretrained(folder, config, None, "float32")
-    export_pretrained(tmp_path / "export", params, config, NoTokenizer(), "", (7,), "bfloat16")
+    export_pretrained(tmp_path / "export", params, config, tokenizer, TEMPLATE, (7,), "bfloat16")
     loaded = load_in_transformers(tmp_path / "export")
     assert loaded.dtype == torch.bfloat16
     for name, values in loaded.state_dict().items():
@@ -165,6 +163,8 @@ def test_the_real_model_goes_in_and_out(assets: Path, tmp_path: Path) -> None:
 
     config, _ = read_config(folder)
     params = load_pretrained(folder, config, None, "float32")
-    export_pretrained(tmp_path / "export", params, config, NoTokenizer(), "", (2,))
+    export_pretrained(tmp_path / "export", params, config, load_tokenizer(folder), TEMPLATE, (2,))
     exported = load_in_transformers(tmp_path / "export")
     assert np.abs(ours - their_logits(exported, ids)).max() <= 1e-4
+    theirs = transformers.AutoTokenizer.from_pretrained(tmp_path / "export")
+    assert theirs.decode(expected["greedy_ids"]) == expected["greedy_text"]
