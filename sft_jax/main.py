@@ -27,14 +27,14 @@ from sft_jax.data.templates import load_template
 from sft_jax.data.tokenizer import load_tokenizer
 from sft_jax.datatypes import PREEMPTED_EXIT_CODE, ConfigError
 from sft_jax.model.families import TransformerConfig, num_params, preset_config
-from sft_jax.model.transformer import abstract_params, init_params, logical_dims
+from sft_jax.model.transformer import Params, abstract_params, init_params, logical_dims
 from sft_jax.provenance import describe_environment
 from sft_jax.sharding import Batch, build_mesh, check_batch_divides, place_batch, replicated, shardings_for
 from sft_jax.training.evaluation import Evaluator, make_held_out_loss
 from sft_jax.training.loop import EarlyStopping, Preempted, StopSignal, Trainer
 from sft_jax.training.metrics import MetricsWriter, ProgressReporter, StepMeter
 from sft_jax.training.optimizer import build_optimizer, build_schedule
-from sft_jax.training.state import Params, TrainState, abstract_state, init_state, split_params
+from sft_jax.training.state import TrainState, abstract_state, init_state, split_params
 from sft_jax.training.step import make_eval_step, make_train_step
 
 

@@ -6,9 +6,9 @@ from typing import Any
 import jax
 import numpy as np
 
+from sft_jax.model.transformer import Params
 from sft_jax.sharding import Batch
 from sft_jax.training.metrics import Record, source_record
-from sft_jax.training.state import Params
 
 Evaluator = Callable[[Params, Params], Record]
 

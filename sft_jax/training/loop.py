@@ -16,10 +16,11 @@ from jax.experimental import multihost_utils
 from sft_jax.checkpoint.manager import CheckpointManager
 from sft_jax.config_schema import Config
 from sft_jax.datatypes import DataError, NumericError
+from sft_jax.model.transformer import Params
 from sft_jax.sharding import Batch
 from sft_jax.training.evaluation import Evaluator, evaluate_all
 from sft_jax.training.metrics import MetricsWriter, ProgressReporter, Record, StepMeter
-from sft_jax.training.state import Params, TrainState
+from sft_jax.training.state import TrainState
 from sft_jax.training.step import StepFn
 
 

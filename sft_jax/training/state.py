@@ -10,10 +10,8 @@ import jax.numpy as jnp
 import optax
 from jax.sharding import AbstractMesh, Mesh, NamedSharding
 
+from sft_jax.model.transformer import Params
 from sft_jax.sharding import replicated
-from sft_jax.typing import Array
-
-Params = dict[str, Array]
 
 
 @jax.tree_util.register_dataclass

@@ -11,10 +11,10 @@ from jax.sharding import AbstractMesh, Mesh
 
 from sft_jax.config_schema import Config
 from sft_jax.model.families import TransformerConfig
-from sft_jax.model.transformer import forward, output_head
+from sft_jax.model.transformer import EmbeddingNoise, Params, forward, output_head
 from sft_jax.sharding import Batch, constrain
 from sft_jax.training.loss import LossSums, sum_cross_entropy
-from sft_jax.training.state import Params, TrainState
+from sft_jax.training.state import TrainState
 from sft_jax.typing import Array
 
 Metrics = dict[str, Array]
@@ -97,10 +97,10 @@ def sum_batch_loss(
     """(loss_sum, LossSums) of one microbatch. Noise is keyed by the global row, so no mesh or microbatch changes it."""
     dtype = jnp.dtype(config.model.compute_dtype)
     every = {**params, **frozen}
-    alpha = config.model.neftune_alpha if noise_seed is not None else 0.0
-    keys = None
-    if alpha:
+    noise = None
+    if config.model.neftune_alpha and noise_seed is not None:
         keys = jax.vmap(partial(jax.random.fold_in, jax.random.key(noise_seed)))(batch.rows)
+        noise = EmbeddingNoise(keys, config.model.neftune_alpha)
     hidden = forward(
         every,
         model,
@@ -111,8 +111,7 @@ def sum_batch_loss(
         remat=config.model.remat,
         attention=config.model.attention,
         mesh=mesh,
-        neftune_alpha=alpha,
-        noise_keys=keys,
+        noise=noise,
     )
     head = output_head(every).astype(dtype)
     sums = sum_cross_entropy(hidden, head, batch.targets, batch.loss_weights, config.loss, mesh)
