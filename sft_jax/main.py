@@ -278,7 +278,8 @@ def describe_run(
     console.print(f"state       {state_bytes / 2**20:,.1f} MiB per device: parameters and optimizer")
     console.print(
         f"data        {report['examples']:,} examples in {report['rows_per_epoch']:,} rows, "
-        f"{report['fill_fraction']:.1%} full, {report['supervised_fraction']:.1%} of tokens supervised"
+        f"{report['fill_fraction']:.1%} full, {report['supervised_fraction']:.1%} of tokens supervised",
+        soft_wrap=True,
     )
     console.print(f"steps       {data.num_steps:,} of {config.batch.batch_size} rows of {config.data.max_seq_len}")
     console.print("first row   green is trained on, dim is only read:")

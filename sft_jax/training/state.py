@@ -41,8 +41,9 @@ def init_state(params: Params, optimizer: optax.GradientTransformation) -> Train
     opt_state = jax.jit(optimizer.init, out_shardings=_opt_shardings(optimizer, abstract, shardings, params, mesh))(
         params
     )
-    zero = jax.device_put(jnp.zeros((), jnp.int32), replicated(mesh))
-    return TrainState(step=zero, num_updates=zero, num_skipped=zero, params=params, opt_state=opt_state)
+    # Three buffers, not one three times: the step is given them to overwrite.
+    zeros = [jax.device_put(jnp.zeros((), jnp.int32), replicated(mesh)) for _ in range(3)]
+    return TrainState(*zeros, params=params, opt_state=opt_state)
 
 
 def abstract_state(

@@ -122,8 +122,8 @@ def source_sums(sums: LossSums, batch: Batch, num_sources: int) -> Metrics:
     """Sums of weight, weighted nll and weighted hits for each source, [num_sources] each."""
 
     def per_source(values: Array) -> Array:
-        zeros = jnp.zeros(num_sources, sums.nll.dtype)
-        return zeros.at[batch.source_ids].add(values.astype(sums.nll.dtype))
+        masked = [jnp.where(batch.source_ids == source, values, 0) for source in range(num_sources)]
+        return jnp.stack([jnp.sum(part, dtype=sums.nll.dtype) for part in masked])
 
     weights = batch.loss_weights
     return {
