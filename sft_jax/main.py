@@ -3,39 +3,40 @@
 python -m sft_jax.main --config=configs/demo.py --config.run.dir=runs/demo
 """
 
-import dataclasses
 import json
 import math
 import sys
-from collections.abc import Callable, Iterator, Mapping
-from typing import Any
 
 import jax
 from etils import epath
-from jax.sharding import Mesh, NamedSharding
 from rich.console import Console
 
-from sft_jax.checkpoint.hf import export_pretrained, load_pretrained, read_config
+from sft_jax.checkpoint.hf import export_pretrained
 from sft_jax.checkpoint.manager import CheckpointManager
 from sft_jax.command_line import config_parser, parse_config, run_command
 from sft_jax.config import warnings_for
 from sft_jax.config_schema import Config
-from sft_jax.data.pipeline import PackedDataset, open_dataset
+from sft_jax.data.pipeline import PackedDataset
 from sft_jax.data.preview import preview_row
 from sft_jax.data.rendering import Renderer
-from sft_jax.data.templates import load_template
-from sft_jax.data.tokenizer import load_tokenizer
-from sft_jax.datatypes import PREEMPTED_EXIT_CODE, ConfigError
-from sft_jax.model.families import TransformerConfig, num_params, preset_config
-from sft_jax.model.transformer import Params, abstract_params, init_params, logical_dims
+from sft_jax.datatypes import PREEMPTED_EXIT_CODE
+from sft_jax.experiment import (
+    ModelOnMesh,
+    open_evaluators,
+    open_renderer,
+    open_state,
+    open_train_data,
+    place_batches,
+    place_model,
+    use_compilation_cache,
+)
+from sft_jax.model.families import TransformerConfig, num_params
 from sft_jax.provenance import describe_environment
-from sft_jax.sharding import Batch, build_mesh, check_batch_divides, place_batch, replicated, shardings_for
-from sft_jax.training.evaluation import Evaluator, make_held_out_loss
-from sft_jax.training.loop import EarlyStopping, Preempted, StopSignal, Trainer
+from sft_jax.sharding import replicated
+from sft_jax.training.loop import Preempted, StopSignal, Trainer
 from sft_jax.training.metrics import MetricsWriter, ProgressReporter, StepMeter
-from sft_jax.training.optimizer import build_optimizer, build_schedule
-from sft_jax.training.state import TrainState, abstract_state, init_state, split_params
-from sft_jax.training.step import make_eval_step, make_train_step
+from sft_jax.training.optimizer import build_schedule
+from sft_jax.training.step import make_train_step
 
 
 def run(config: Config, console: Console | None = None) -> epath.Path:
@@ -53,49 +54,32 @@ def run(config: Config, console: Console | None = None) -> epath.Path:
         jax.distributed.initialize()
     stop_signal = StopSignal()
     use_compilation_cache(config)
-    mesh = build_mesh(config.mesh)
-    check_batch_divides(config, mesh)
-    run_dir = epath.Path(config.run.dir).expanduser()
-
     renderer = open_renderer(config)
+    placed = place_model(config, renderer)
     data = open_train_data(config, renderer)
-    model = open_model_config(config, renderer)
-    optimizer = build_optimizer(config.optimizer)
-    schedule = build_schedule(config.schedule, config.optimizer.learning_rate, data.num_steps)
+    evaluators = open_evaluators(placed, renderer)
 
-    shapes = abstract_params(model, config.model.param_dtype)
-    dims = {path: logical_dims(path) for path in shapes}
-    shardings = shardings_for(mesh, dims, {path: leaf.shape for path, leaf in shapes.items()})
-    trainable, _ = split_params(shapes, config.model.freeze)
-    abstract = abstract_state(trainable, shardings, optimizer, mesh)
-
+    run_dir = epath.Path(config.run.dir).expanduser()
     if jax.process_index() == 0:
         write_run_files(run_dir, config, data)
+        describe_run(console, placed, data, renderer)
     manager = CheckpointManager(
         run_dir / "checkpoints", config.checkpoint.keep_latest, keep_best=bool(config.checkpoint.best_by)
     )
-    describe_run(console, config, mesh, model, abstract, data, renderer)
-    state, frozen, stopping = open_state(config, model, shardings, optimizer, abstract, manager, data)
+    state, frozen, stopping = open_state(placed, manager, data)
     step = int(state.step)
-
-    num_sources = len(data.source_names)
-    train_step = jax.jit(
-        make_train_step(config, model, optimizer, schedule, mesh, num_sources),
-        donate_argnums=0,
-        out_shardings=(jax.tree.map(lambda leaf: leaf.sharding, abstract), replicated(mesh)),
-    )
     writer = MetricsWriter(run_dir, step, config.log.tensorboard)
     progress = ProgressReporter(console, data.num_steps, step)
     trainer = Trainer(
         config=config,
         run_dir=run_dir,
         num_steps=data.num_steps,
-        train_step=train_step,
-        batches=place_batches(data, mesh, config.batch.batch_size),
-        evaluators=open_evaluators(config, renderer, model, mesh),
+        train_step=jit_train_step(placed, data),
+        batches=place_batches(data, placed.mesh, config.batch.batch_size),
+        evaluators=evaluators,
         manager=manager,
         meta={"data": data.fingerprint_fields},
-        meter=StepMeter(data.source_names, train_flops_per_token(model, config.data.max_seq_len)),
+        meter=StepMeter(data.source_names, train_flops_per_token(placed.model, config.data.max_seq_len)),
         writer=writer,
         progress=progress,
         stop_signal=stop_signal,
@@ -107,131 +91,24 @@ def run(config: Config, console: Console | None = None) -> epath.Path:
         writer.close()
         manager.close()
     if config.checkpoint.export:
+        params, template = {**state.params, **frozen}, renderer.template.text
+        dtype = config.model.param_dtype
         export_pretrained(
-            run_dir / "export",
-            {**state.params, **frozen},
-            model,
-            renderer.tokenizer,
-            renderer.template.text,
-            renderer.stop_ids,
-            config.model.param_dtype,
+            run_dir / "export", params, placed.model, renderer.tokenizer, template, renderer.stop_ids, dtype
         )
-        console.print(f"exported to {run_dir / 'export'}")
+        console.print(f"exported to {run_dir / 'export'}", soft_wrap=True)
     return run_dir
 
 
-# --- The parts, each from the config ---------------------------------------------------------------------------------
-
-
-def use_compilation_cache(config: Config) -> None:
-    if config.run.compilation_cache:
-        jax.config.update("jax_compilation_cache_dir", str(epath.Path(config.run.compilation_cache).expanduser()))
-        jax.config.update("jax_persistent_cache_min_compile_time_secs", 1.0)
-
-
-def open_renderer(config: Config) -> Renderer:
-    data = config.data
-    tokenizer = load_tokenizer(data.tokenizer or config.model.path, data.new_tokens)
-    template = load_template(data.chat_template, tokenizer, data.chat_template_kwargs)
-    return Renderer(tokenizer, template, data.stop_token, data.unknown_tokens)
-
-
-def open_train_data(config: Config, renderer: Renderer) -> PackedDataset:
-    epochs, steps = config.schedule.num_epochs, config.schedule.num_steps
-    return open_dataset(
-        config.data.train,
-        config,
-        renderer,
-        batch_size=config.batch.batch_size,
-        num_epochs=epochs if steps is None else None,
-        num_steps=steps,
-        shuffle=True,
+def jit_train_step(placed: ModelOnMesh, data: PackedDataset) -> jax.stages.Wrapped:
+    """The compiled step: the old state's memory is given to the new one, and metrics are on every device."""
+    config = placed.config
+    schedule = build_schedule(config.schedule, config.optimizer.learning_rate, data.num_steps)
+    step = make_train_step(
+        config, placed.model, placed.optimizer, schedule, placed.mesh, num_sources=len(data.source_names)
     )
-
-
-def open_eval_data(config: Config, renderer: Renderer) -> dict[str, PackedDataset]:
-    """Every set of `config.data.eval` by name: one pass, in a fixed order."""
-    rows = config.batch.eval_rows
-    sets = [
-        open_dataset((source,), config, renderer, batch_size=rows, num_epochs=1, num_steps=None, shuffle=False)
-        for source in config.data.eval
-    ]
-    return {data.source_names[0]: data for data in sets}
-
-
-def open_model_config(config: Config, renderer: Renderer) -> TransformerConfig:
-    """The architecture, from the folder or the preset, with a row of the embedding for every id of the tokenizer."""
-    if config.model.path:
-        model, _ = read_config(config.model.path)
-        if config.model.preset and (expected := preset_config(config.model.preset, {})) != model:
-            differing = [
-                f"{f.name} {getattr(model, f.name)} for {getattr(expected, f.name)}"
-                for f in dataclasses.fields(model)
-                if getattr(model, f.name) != getattr(expected, f.name)
-            ]
-            raise ConfigError(
-                f"config.model.path: {config.model.path} is not a {config.model.preset}: {', '.join(differing)}. "
-                "Name the right folder, or leave config.model.preset empty."
-            )
-    else:
-        model = preset_config(config.model.preset, config.model.overrides)
-    return dataclasses.replace(model, vocab_size=max(model.vocab_size, renderer.tokenizer.vocab_size))
-
-
-def open_params(config: Config, model: TransformerConfig, shardings: Mapping[str, NamedSharding]) -> Params:
-    """Pretrained weights, each tensor straight to its shards; or random ones where the config names no folder."""
-    if config.model.path:
-        return load_pretrained(config.model.path, model, shardings, config.model.param_dtype)
-    init = jax.jit(init_params, static_argnums=(0, 2), out_shardings=dict(shardings))
-    return init(model, jax.random.key(config.run.seed), config.model.param_dtype)
-
-
-def open_state(
-    config: Config,
-    model: TransformerConfig,
-    shardings: Mapping[str, NamedSharding],
-    optimizer: Any,
-    abstract: TrainState,
-    manager: CheckpointManager,
-    data: PackedDataset,
-) -> tuple[TrainState, Params, EarlyStopping]:
-    """(state, frozen parameters, early stopping): of the newest checkpoint, or before the first step."""
-    latest = manager.latest_step()
-    if latest is None:
-        trainable, frozen = split_params(open_params(config, model, shardings), config.model.freeze)
-        return init_state(trainable, optimizer), frozen, EarlyStopping()
-    saved = manager.read_meta(latest)["data"]
-    changed = [
-        f"{name}: {saved.get(name)} -> {now}" for name, now in data.fingerprint_fields.items() if saved.get(name) != now
-    ]
-    if changed:
-        raise ConfigError(
-            f"config.run.dir: {config.run.dir} has a checkpoint of step {latest} that was trained on other data or in "
-            f"another order ({'; '.join(changed)}). Restore the old settings, or start in a new config.run.dir."
-        )
-    restored, meta = manager.restore(latest, vars(abstract))
-    frozen = {}
-    if config.model.freeze:
-        _, frozen = split_params(open_params(config, model, shardings), config.model.freeze)
-    return TrainState(**restored), frozen, EarlyStopping.from_json(meta["stopping"])
-
-
-def place_batches(data: PackedDataset, mesh: Mesh, batch_size: int) -> Callable[[int], Iterator[Batch]]:
-    """First step -> that batch on the mesh, and all after it."""
-
-    def batches(start_step: int = 0) -> Iterator[Batch]:
-        rows = data.iterate(start_step, process_index=jax.process_index(), process_count=jax.process_count())
-        return (place_batch(batch, mesh, batch_size) for batch in rows)
-
-    return batches
-
-
-def open_evaluators(config: Config, renderer: Renderer, model: TransformerConfig, mesh: Mesh) -> list[Evaluator]:
-    eval_step = jax.jit(make_eval_step(config, model, mesh), out_shardings=replicated(mesh))
-    return [
-        make_held_out_loss(name, eval_step, place_batches(data, mesh, config.batch.eval_rows))
-        for name, data in open_eval_data(config, renderer).items()
-    ]
+    state_shardings = jax.tree.map(lambda leaf: leaf.sharding, placed.abstract_state)
+    return jax.jit(step, donate_argnums=0, out_shardings=(state_shardings, replicated(placed.mesh)))
 
 
 def train_flops_per_token(model: TransformerConfig, length: int) -> float:
@@ -242,9 +119,6 @@ def train_flops_per_token(model: TransformerConfig, length: int) -> float:
     return 6 * (num_params(model) - embedding) + attention
 
 
-# --- What a run tells ------------------------------------------------------------------------------------------------
-
-
 def write_run_files(run_dir: epath.Path, config: Config, data: PackedDataset) -> None:
     """`config.json`, `provenance.json` and `data_report.json`."""
     run_dir.mkdir(parents=True, exist_ok=True)
@@ -253,36 +127,27 @@ def write_run_files(run_dir: epath.Path, config: Config, data: PackedDataset) ->
         (run_dir / f"{name}.json").write_text(json.dumps(content, indent=1) + "\n")
 
 
-def describe_run(
-    console: Console,
-    config: Config,
-    mesh: Mesh,
-    model: TransformerConfig,
-    abstract: TrainState,
-    data: PackedDataset,
-    renderer: Renderer,
-) -> None:
+def describe_run(console: Console, placed: ModelOnMesh, data: PackedDataset, renderer: Renderer) -> None:
     """Once per run: what will train, on what, and the first row with its mask."""
-    if jax.process_index() != 0:
-        return
+    config, mesh = placed.config, placed.mesh
     for warning in warnings_for(config):
-        console.print(f"warning: {warning}", style="yellow")
-    state_bytes = sum(
-        math.prod(leaf.sharding.shard_shape(leaf.shape)) * leaf.dtype.itemsize for leaf in jax.tree.leaves(abstract)
-    )
+        console.print(f"warning: {warning}", style="yellow", soft_wrap=True)
+    leaves = jax.tree.leaves(placed.abstract_state)
+    state_bytes = sum(math.prod(leaf.sharding.shard_shape(leaf.shape)) * leaf.dtype.itemsize for leaf in leaves)
+    trained = sum(math.prod(leaf.shape) for leaf in placed.abstract_state.params.values())
     axes = ", ".join(f"{axis} {size}" for axis, size in mesh.shape.items() if size > 1) or "one device"
-    trained = sum(math.prod(leaf.shape) for leaf in abstract.params.values())
     report = data.report
-    console.print(f"mesh        {axes} ({jax.devices()[0].device_kind})")
-    console.print(f"parameters  {num_params(model):,}, of which {trained:,} train")
-    console.print(f"state       {state_bytes / 2**20:,.1f} MiB per device: parameters and optimizer")
-    console.print(
-        f"data        {report['examples']:,} examples in {report['rows_per_epoch']:,} rows, "
+    lines = {
+        "mesh": f"{axes} ({jax.devices()[0].device_kind})",
+        "parameters": f"{num_params(placed.model):,}, of which {trained:,} train",
+        "state": f"{state_bytes / 2**20:,.1f} MiB per device: trained parameters and optimizer",
+        "data": f"{report['examples']:,} examples in {report['rows_per_epoch']:,} rows, "
         f"{report['fill_fraction']:.1%} full, {report['supervised_fraction']:.1%} of tokens supervised",
-        soft_wrap=True,
-    )
-    console.print(f"steps       {data.num_steps:,} of {config.batch.batch_size} rows of {config.data.max_seq_len}")
-    console.print("first row   green is trained on, dim is only read:")
+        "steps": f"{data.num_steps:,} of {config.batch.batch_size} rows of {config.data.max_seq_len} tokens",
+        "first row": "green is trained on, dim is only read:",
+    }
+    for name, text in lines.items():
+        console.print(f"{name:12}{text}", soft_wrap=True, highlight=False)
     console.print(preview_row(data.row(0), renderer.tokenizer), soft_wrap=True)
 
 

@@ -17,7 +17,7 @@ FLOORS = [
     {"checkpoint"},
     {"training", "inference"},
     {"testbed"},
-    {"provenance"},
+    {"experiment", "provenance"},
     {"main"},
     {"cli"},
 ]

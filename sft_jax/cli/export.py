@@ -4,7 +4,6 @@ import argparse
 import json
 import sys
 
-import jax
 from etils import epath
 
 from sft_jax.checkpoint.hf import export_pretrained
@@ -12,10 +11,7 @@ from sft_jax.checkpoint.manager import CheckpointManager
 from sft_jax.command_line import run_command
 from sft_jax.config import from_config_dict
 from sft_jax.datatypes import StorageError
-from sft_jax.main import open_model_config, open_params, open_renderer
-from sft_jax.model.transformer import abstract_params, logical_dims
-from sft_jax.sharding import build_mesh, shardings_for
-from sft_jax.training.state import split_params
+from sft_jax.experiment import open_renderer, place_model
 
 
 def main(args: list[str]) -> int:
@@ -40,19 +36,12 @@ def main(args: list[str]) -> int:
         raise StorageError(f"--run={run_dir}: has no finished checkpoint yet.")
 
     renderer = open_renderer(config)
-    model = open_model_config(config, renderer)
-    shapes = abstract_params(model, config.model.param_dtype)
-    dims = {path: logical_dims(path) for path in shapes}
-    shardings = shardings_for(build_mesh(config.mesh), dims, {path: leaf.shape for path, leaf in shapes.items()})
-    trainable, frozen = split_params(shapes, config.model.freeze)
-    abstract = {
-        path: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=shardings[path]) for path, leaf in trainable.items()
-    }
-    params = manager.restore_params(step, abstract)
-    if frozen:
-        params |= split_params(open_params(config, model, shardings), config.model.freeze)[1]
+    placed = place_model(config, renderer)
+    params = manager.restore_params(step, placed.abstract_state.params) | placed.open_frozen()
     dtype = config.model.param_dtype
-    export_pretrained(options.to, params, model, renderer.tokenizer, renderer.template.text, renderer.stop_ids, dtype)
+    export_pretrained(
+        options.to, params, placed.model, renderer.tokenizer, renderer.template.text, renderer.stop_ids, dtype
+    )
     print(f"step {step} exported to {options.to}")
     return 0
 

@@ -8,7 +8,7 @@ from rich.console import Console
 from sft_jax.command_line import config_parser, read_config, run_command
 from sft_jax.data.preview import preview_row
 from sft_jax.datatypes import PackedRow
-from sft_jax.main import open_renderer, open_train_data
+from sft_jax.experiment import open_renderer, open_train_data
 
 
 def main(args: list[str]) -> int:

@@ -61,7 +61,8 @@ class EarlyStopping:
 
     @classmethod
     def from_json(cls, fields: Mapping[str, Any]) -> "EarlyStopping":
-        return cls(**{name: float("inf") if value is None else value for name, value in fields.items()})
+        seen: dict[str, Any] = {name: float("inf") if value is None else value for name, value in fields.items()}
+        return cls(**seen)
 
 
 class ProfileWindow:

@@ -32,9 +32,10 @@ def source_record(metrics: Mapping[str, Any], prefix: str, names: Sequence[str])
     weight, nll, correct = (np.asarray(metrics[key], np.float64) for key in ("weight_sum", "nll_sum", "correct_sum"))
     record = {"nll": float(nll.sum() / weight.sum()), "accuracy": float(correct.sum() / weight.sum())}
     if len(names) > 1:
-        for i in np.flatnonzero(weight):
-            record[f"{prefix}{names[i]}/loss"] = float(nll[i] / weight[i])
-            record[f"{prefix}{names[i]}/accuracy"] = float(correct[i] / weight[i])
+        for i, name in enumerate(names):
+            if weight[i]:
+                record[f"{prefix}{name}/loss"] = float(nll[i] / weight[i])
+                record[f"{prefix}{name}/accuracy"] = float(correct[i] / weight[i])
     return record
 
 
@@ -89,7 +90,7 @@ class MetricsWriter:
         if not self._writes:
             return
         if self._path.exists():
-            lines = self._path.read_text().splitlines()
+            lines = self._path.read_text().split("\n")[:-1]  # what follows the last newline was being written
             self._lines = [line for line in lines if json.loads(line)["step"] <= start_step]
         self._path.write_text("".join(line + "\n" for line in self._lines))
         self._file = self._path.open("a")

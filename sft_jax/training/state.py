@@ -42,8 +42,8 @@ def init_state(params: Params, optimizer: optax.GradientTransformation) -> Train
         params
     )
     # Three buffers, not one three times: the step is given them to overwrite.
-    zeros = [jax.device_put(jnp.zeros((), jnp.int32), replicated(mesh)) for _ in range(3)]
-    return TrainState(*zeros, params=params, opt_state=opt_state)
+    step, num_updates, num_skipped = (jax.device_put(jnp.zeros((), jnp.int32), replicated(mesh)) for _ in range(3))
+    return TrainState(step, num_updates, num_skipped, params, opt_state)
 
 
 def abstract_state(

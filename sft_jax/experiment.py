@@ -1,0 +1,183 @@
+"""Config in, the parts of an experiment out: each function opens one of them, and none of them trains."""
+
+import dataclasses
+from collections.abc import Callable, Iterator
+from functools import cached_property
+
+import jax
+import optax
+from etils import epath
+from jax.sharding import Mesh, NamedSharding
+
+from sft_jax.checkpoint.hf import load_pretrained, read_config
+from sft_jax.checkpoint.manager import CheckpointManager
+from sft_jax.config_schema import Config
+from sft_jax.data.pipeline import PackedDataset, open_dataset
+from sft_jax.data.rendering import Renderer
+from sft_jax.data.templates import load_template
+from sft_jax.data.tokenizer import load_tokenizer
+from sft_jax.datatypes import ConfigError
+from sft_jax.model.families import TransformerConfig, preset_config
+from sft_jax.model.transformer import Params, abstract_params, init_params, logical_dims
+from sft_jax.sharding import Batch, build_mesh, check_batch_divides, place_batch, replicated, shardings_for
+from sft_jax.training.evaluation import Evaluator, make_held_out_loss
+from sft_jax.training.loop import EarlyStopping
+from sft_jax.training.optimizer import build_optimizer
+from sft_jax.training.state import TrainState, abstract_state, init_state, split_params
+from sft_jax.training.step import make_eval_step
+
+
+def use_compilation_cache(config: Config) -> None:
+    if config.run.compilation_cache:
+        jax.config.update("jax_compilation_cache_dir", str(epath.Path(config.run.compilation_cache).expanduser()))
+
+
+def open_renderer(config: Config) -> Renderer:
+    """The tokenizer and the chat template, held against each other."""
+    data = config.data
+    tokenizer = load_tokenizer(data.tokenizer or config.model.path, data.new_tokens)
+    template = load_template(data.chat_template, tokenizer, data.chat_template_kwargs)
+    return Renderer(tokenizer, template, data.stop_token, data.unknown_tokens)
+
+
+def open_train_data(config: Config, renderer: Renderer) -> PackedDataset:
+    epochs, steps = config.schedule.num_epochs, config.schedule.num_steps
+    return open_dataset(
+        config.data.train,
+        config,
+        renderer,
+        batch_size=config.batch.batch_size,
+        num_epochs=epochs if steps is None else None,
+        num_steps=steps,
+        shuffle=True,
+    )
+
+
+def open_eval_data(config: Config, renderer: Renderer) -> dict[str, PackedDataset]:
+    """Every set of `config.data.eval` by name: one pass, in a fixed order."""
+    rows = config.batch.eval_rows
+    sets = [
+        open_dataset((source,), config, renderer, batch_size=rows, num_epochs=1, num_steps=None, shuffle=False)
+        for source in config.data.eval
+    ]
+    return {data.source_names[0]: data for data in sets}
+
+
+def place_batches(data: PackedDataset, mesh: Mesh, batch_size: int) -> Callable[..., Iterator[Batch]]:
+    """First step (0) -> that batch on the mesh, and all after it."""
+
+    def batches(start_step: int = 0) -> Iterator[Batch]:
+        rows = data.iterate(start_step, process_index=jax.process_index(), process_count=jax.process_count())
+        return (place_batch(batch, mesh, batch_size) for batch in rows)
+
+    return batches
+
+
+def open_model_config(config: Config, renderer: Renderer) -> TransformerConfig:
+    """The architecture, from the folder or the preset, with a row of the embedding for every id of the tokenizer.
+
+    Raises:
+      ConfigError: the folder is not what `config.model.preset` says.
+    """
+    if not config.model.path:
+        model = preset_config(config.model.preset, config.model.overrides)
+    else:
+        model, _ = read_config(config.model.path)
+        expected = preset_config(config.model.preset, {}) if config.model.preset else model
+        fields = [field.name for field in dataclasses.fields(model)]
+        differing = [
+            f"{name} {getattr(model, name)} for {getattr(expected, name)}"
+            for name in fields
+            if getattr(model, name) != getattr(expected, name)
+        ]
+        if differing:
+            raise ConfigError(
+                f"config.model.path: {config.model.path} is not a {config.model.preset}: {', '.join(differing)}. "
+                "Name the right folder, or leave config.model.preset empty."
+            )
+    return dataclasses.replace(model, vocab_size=max(model.vocab_size, renderer.tokenizer.vocab_size))
+
+
+@dataclasses.dataclass(frozen=True)
+class ModelOnMesh:
+    """A model, its optimizer and where every array of both lives; no array yet."""
+
+    config: Config
+    model: TransformerConfig
+    mesh: Mesh
+    shardings: dict[str, NamedSharding]
+
+    @cached_property
+    def optimizer(self) -> optax.GradientTransformation:
+        return build_optimizer(self.config.optimizer)
+
+    @cached_property
+    def abstract_state(self) -> TrainState:
+        shapes = abstract_params(self.model, self.config.model.param_dtype)
+        trainable, _ = self.split(shapes)
+        return abstract_state(trainable, self.shardings, self.optimizer, self.mesh)
+
+    def split(self, params: dict) -> tuple[dict, dict]:
+        """(those that train, the frozen ones)."""
+        return split_params(params, self.config.model.freeze)
+
+    def open_params(self) -> Params:
+        """Pretrained weights, each tensor straight to its shards; random ones where the config names no folder."""
+        config = self.config
+        dtype = config.model.param_dtype
+        if config.model.path:
+            return load_pretrained(config.model.path, self.model, self.shardings, dtype)
+        init = jax.jit(init_params, static_argnums=(0, 2), out_shardings=self.shardings)
+        return init(self.model, jax.random.key(config.run.seed), dtype)
+
+    def open_frozen(self) -> Params:
+        """The frozen parameters; they are in no checkpoint, since they do not change."""
+        return self.split(self.open_params())[1] if self.config.model.freeze else {}
+
+
+def place_model(config: Config, renderer: Renderer) -> ModelOnMesh:
+    """Check that the model and the batch divide over the mesh.
+
+    Raises:
+      ConfigError: they do not; says which size does.
+    """
+    mesh = build_mesh(config.mesh)
+    check_batch_divides(config, mesh)
+    model = open_model_config(config, renderer)
+    shapes = abstract_params(model, config.model.param_dtype)
+    dims = {path: logical_dims(path) for path in shapes}
+    return ModelOnMesh(config, model, mesh, shardings_for(mesh, dims, {path: s.shape for path, s in shapes.items()}))
+
+
+def open_state(
+    placed: ModelOnMesh, manager: CheckpointManager, data: PackedDataset
+) -> tuple[TrainState, Params, EarlyStopping]:
+    """(state, frozen parameters, early stopping): of the newest checkpoint, or before the first step.
+
+    Raises:
+      ConfigError: the checkpoint was trained on other data or in another order; names what changed.
+    """
+    latest = manager.latest_step()
+    if latest is None:
+        trainable, frozen = placed.split(placed.open_params())
+        return init_state(trainable, placed.optimizer), frozen, EarlyStopping()
+    saved = manager.read_meta(latest)["data"]
+    now = data.fingerprint_fields
+    changed = [f"{name}: {saved.get(name)} -> {now[name]}" for name in now if saved.get(name) != now[name]]
+    if changed:
+        raise ConfigError(
+            f"config.run.dir: {placed.config.run.dir} has a checkpoint of step {latest} that was trained on other data "
+            f"or in another order ({'; '.join(changed)}). Restore the old settings, or start in a new config.run.dir."
+        )
+    restored, meta = manager.restore(latest, vars(placed.abstract_state))
+    return TrainState(**restored), placed.open_frozen(), EarlyStopping.from_json(meta["stopping"])
+
+
+def open_evaluators(placed: ModelOnMesh, renderer: Renderer) -> list[Evaluator]:
+    """One for each held-out set."""
+    eval_step = jax.jit(make_eval_step(placed.config, placed.model, placed.mesh), out_shardings=replicated(placed.mesh))
+    rows = placed.config.batch.eval_rows
+    return [
+        make_held_out_loss(name, eval_step, place_batches(data, placed.mesh, rows))
+        for name, data in open_eval_data(placed.config, renderer).items()
+    ]
