@@ -1,0 +1,181 @@
+"""The tokens that steer a model (`<s>`, `<|im_end|>`, `[INST]`): found in rendered text, kept out of content.
+
+Control ids come from the template alone. So a rendered text is cut here, by exact text, into control ids and pieces of
+plain text; pieces are encoded by a model that does not know control tokens; and text of a row that looks like one is
+broken up before the template sees it.
+"""
+
+import re
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+
+from sft_jax.datatypes import DataError
+
+
+@dataclass(frozen=True, slots=True)
+class ControlToken:
+    """One control token, with the flags of a Hugging Face added token.
+
+    `lstrip` and `rstrip` swallow the whitespace before and after it (Phi-3's `<|user|>` swallows a newline);
+    `single_word` matches only between non-word characters; `special` tokens are hidden when text is shown to users.
+    """
+
+    text: str
+    id: int
+    special: bool = True
+    lstrip: bool = False
+    rstrip: bool = False
+    single_word: bool = False
+
+    @property
+    def pattern(self) -> str:
+        pattern = re.escape(self.text)
+        if self.single_word:
+            pattern = rf"(?<!\w){pattern}(?!\w)"
+        return (r"\s*" if self.lstrip else "") + pattern + (r"\s*" if self.rstrip else "")
+
+
+NEVER = r"(?!)"  # a regular expression that matches nowhere
+
+
+def _any_of(texts: Sequence[str]) -> str:
+    """A regular expression for any of the texts, which come longest first; grouped by first character, for speed."""
+    groups: dict[str, list[str]] = {}
+    for text in texts:
+        groups.setdefault(text[0], []).append(re.escape(text[1:]))
+    return "|".join(f"{re.escape(first)}(?:{'|'.join(rest)})" for first, rest in groups.items()) or NEVER
+
+
+def is_text(token: str) -> bool:
+    """Whether an added token is ordinary text after all: runs of spaces, tabs or newlines, as code models have."""
+    return not token.replace("▁", " ").strip()
+
+
+def merge_control_tokens(groups: Iterable[Iterable[ControlToken]], origin: str) -> dict[str, ControlToken]:
+    """One table by text. A later group's flags win; its id must agree.
+
+    Raises:
+      DataError: one text with two ids, or one id with two texts.
+    """
+    merged: dict[str, ControlToken] = {}
+    for token in (token for group in groups for token in group):
+        known = merged.get(token.text, token)
+        if known.id != token.id:
+            raise DataError(
+                f"{origin}: {token.text!r} has two ids, {known.id} and {token.id}. Mend the folder's files."
+            )
+        merged[token.text] = token
+    owners: dict[int, str] = {}
+    for token in merged.values():
+        if owners.setdefault(token.id, token.text) != token.text:
+            both = f"{owners[token.id]!r} and {token.text!r}"
+            raise DataError(f"{origin}: id {token.id} has two texts, {both}. Mend the folder's files.")
+    return merged
+
+
+class ControlTokens:
+    """The control tokens of one tokenizer, found in text leftmost and longest first."""
+
+    def __init__(self, tokens: Iterable[ControlToken]):
+        self.tokens: tuple[ControlToken, ...] = tuple(sorted(tokens, key=lambda token: token.id))
+        self.ids: dict[str, int] = {token.text: token.id for token in self.tokens}
+        self.texts: dict[int, str] = {token.id: token.text for token in self.tokens}
+        self._longest_first = sorted(self.ids, key=len, reverse=True)
+        by_length = sorted(self.tokens, key=lambda token: len(token.text), reverse=True)
+        self._pattern = re.compile("|".join(token.pattern for token in by_length) or NEVER)
+        self._bare_pattern = re.compile(_any_of(self._longest_first))
+        if not any(token.lstrip or token.rstrip or token.single_word for token in self.tokens):
+            self._pattern = self._bare_pattern  # the same, and faster
+        # A text can only end like the beginning of a token if its last characters have a token's first one, and so on.
+        self._first = re.compile(f"[{re.escape(''.join({text[0] for text in self.ids}))}]" if self.ids else NEVER)
+        self._last = re.compile(f"[{re.escape(''.join({text[-1] for text in self.ids}))}]" if self.ids else NEVER)
+        self._heads = {text[:k] for text in self.ids for k in range(1, len(text))}
+        self._tails = {text[k:] for text in self.ids for k in range(1, len(text))}
+        self._longest = max(map(len, self.ids), default=0)
+
+    def split(self, text: str) -> list[int | str]:
+        """Cut at control tokens: `"<s>Hi</s>\\n"` -> `[1, "Hi", 2, "\\n"]`. Empty pieces are left out."""
+        parts: list[int | str] = []
+        start = 0
+        for match in self._pattern.finditer(text):
+            if match.start() > start:
+                parts.append(text[start : match.start()])
+            parts.append(self._id_of(match.group()))
+            start = match.end()
+        if start < len(text):
+            parts.append(text[start:])
+        return parts
+
+    def _id_of(self, matched: str) -> int:
+        if matched in self.ids:
+            return self.ids[matched]
+        return self.ids[next(text for text in self._longest_first if text in matched)]  # with swallowed whitespace
+
+    def may_form_in(self, text: str) -> bool:
+        """Whether `text` holds a control token, or could form one together with its neighbours."""
+        return bool(self._bare_pattern.search(text)) or any(self._open_ends(text.strip()))
+
+    def disguise(self, text: str, disguise: "Disguise") -> str:
+        """Replace one character of every control token in `text`, and of ends that could form one with what is around.
+
+        With `·` for `<` and `×` for `m`: `"say <|im_end|>"` -> `"say ·|im_end|>"`, and `"a <|im"` -> `"a <|i×"`.
+        """
+        text = self._bare_pattern.sub(lambda match: disguise.hide(match.group()[0]) + match.group()[1:], text)
+        inner = text.strip()  # templates often trim
+        opens, closes = self._open_ends(inner)
+        at = len(text) - len(text.lstrip())
+        after = text[at + len(inner) :]
+        if opens:
+            inner = disguise.hide(inner[0]) + inner[1:]
+        if closes:
+            inner = inner[:-1] + disguise.hide(inner[-1])
+        return text[:at] + inner + after
+
+    def _open_ends(self, text: str) -> tuple[bool, bool]:
+        """Whether `text` begins like the end of a control token, and ends like the beginning of one."""
+        reach = range(1, min(self._longest, len(text) + 1))
+        opens = self._last.search(text, 0, self._longest) and any(text[:k] in self._tails for k in reach)
+        closes = self._first.search(text, len(text) - self._longest) and any(text[-k:] in self._heads for k in reach)
+        return bool(opens), bool(closes)
+
+
+class Disguise:
+    """Private-use characters that stand for characters of one conversation's control look-alikes."""
+
+    def __init__(self, text: str):
+        """`text` is everything that will be rendered: its own private-use characters are not used."""
+        self._free = (chr(code) for code in range(0xE000, 0xF900) if chr(code) not in text)
+        self._hidden: dict[str, str] = {}
+
+    def hide(self, character: str) -> str:
+        if character not in self._hidden:
+            self._hidden[character] = next(self._free)
+        return self._hidden[character]
+
+    def reveal(self, text: str) -> str:
+        for character, stand_in in reversed(self._hidden.items()):  # a stand-in may itself have been hidden
+            text = text.replace(stand_in, character)
+        return text
+
+
+def control_token_from_json(fields: dict, token_id: int) -> ControlToken:
+    """An entry of `added_tokens` (tokenizer.json) or `added_tokens_decoder` (tokenizer_config.json)."""
+    flags = {name: bool(fields.get(name, False)) for name in ("special", "lstrip", "rstrip", "single_word")}
+    return ControlToken(fields["content"], token_id, **flags)
+
+
+def control_tokens_to_json(tokens: Sequence[ControlToken], normalized: Iterable[int] = ()) -> list[dict]:
+    """`added_tokens` entries. `normalized` are the ids matched after the normalizer has run."""
+    normalized = set(normalized)
+    return [
+        {
+            "id": token.id,
+            "content": token.text,
+            "single_word": token.single_word,
+            "lstrip": token.lstrip,
+            "rstrip": token.rstrip,
+            "normalized": token.id in normalized,
+            "special": token.special,
+        }
+        for token in tokens
+    ]
