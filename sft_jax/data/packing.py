@@ -107,32 +107,26 @@ def _deal_ranks(num_rows: int) -> np.ndarray:
     return deal(np.arange(num_rows))
 
 
-def assemble_row(examples: Sequence[TokenizedExample], source_ids: Sequence[int], max_seq_len: int) -> PackedRow:
+def assemble_row(examples: Sequence[TokenizedExample], source_ids: np.ndarray, max_seq_len: int) -> PackedRow:
     """Lay examples one after another; `PackedRow` shows the layout. No examples: a row of padding.
 
     Args:
-      source_ids: the index of each example's source.
+      source_ids: the index of each example's source, int [num_examples].
     """
     lengths = np.fromiter((len(example) for example in examples), np.int64, len(examples))
     used = int(lengths.sum())
     assert used <= max_seq_len
-    row = PackedRow(
-        inputs=np.zeros(max_seq_len, np.int32),
-        targets=np.zeros(max_seq_len, np.int32),
-        loss_weights=np.zeros(max_seq_len, np.float32),
-        segment_ids=np.zeros(max_seq_len, np.int32),
-        positions=np.zeros(max_seq_len, np.int32),
-        source_ids=np.zeros(max_seq_len, np.int32),
-        origins=tuple(example.origin for example in examples),
-    )
+    inputs, targets, segments, positions, sources = np.zeros((5, max_seq_len), np.int32)
+    loss_weights = np.zeros(max_seq_len, np.float32)
     if examples:
-        np.concatenate([example.inputs for example in examples], out=row.inputs[:used])
-        np.concatenate([example.targets for example in examples], out=row.targets[:used])
-        np.concatenate([example.loss_weights for example in examples], out=row.loss_weights[:used])
-        row.segment_ids[:used] = np.repeat(np.arange(1, len(examples) + 1), lengths)
-        row.positions[:used] = np.arange(used) - np.repeat(np.cumsum(lengths) - lengths, lengths)
-        row.source_ids[:used] = np.repeat(source_ids, lengths)
-    return row
+        np.concatenate([example.inputs for example in examples], out=inputs[:used])
+        np.concatenate([example.targets for example in examples], out=targets[:used])
+        np.concatenate([example.loss_weights for example in examples], out=loss_weights[:used])
+        segments[:used] = np.arange(1, len(examples) + 1).repeat(lengths)
+        positions[:used] = np.arange(used) - (lengths.cumsum() - lengths).repeat(lengths)
+        sources[:used] = source_ids.repeat(lengths)
+    origins = tuple(example.origin for example in examples)
+    return PackedRow(inputs, targets, loss_weights, segments, positions, sources, origins)
 
 
 class _Draw:

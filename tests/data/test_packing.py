@@ -43,7 +43,7 @@ def test_every_example_stands_in_one_row_and_no_row_overflows(lengths, packing, 
 
 
 @given(LENGTHS)
-@settings(deadline=None, max_examples=200)
+@settings(deadline=None, max_examples=80)
 def test_counting_gives_as_many_rows_as_the_textbook(lengths):
     for epoch in (0, 1):  # and every epoch the same number
         assert plan_epoch(lengths, MAX_SEQ_LEN, 0, epoch).num_rows == num_rows_by_best_fit(lengths, MAX_SEQ_LEN)
@@ -97,9 +97,9 @@ def test_rows_come_in_no_order_of_length():
 
 def test_a_million_examples_are_planned_in_seconds_and_fill_their_rows():
     lengths = np.clip(np.random.default_rng(0).lognormal(5.1, 0.4, 1_000_000), 40, 2_048).astype(np.int32)
-    started = time.perf_counter()
+    started = time.process_time()
     plan = plan_epoch(lengths, 2_048, 0, 0)
-    assert time.perf_counter() - started < 10  # 1.1 s on a quiet core
+    assert time.process_time() - started < 6  # 1.1 s on a quiet core
     assert lengths.sum() / (plan.num_rows * 2_048) > 0.986
 
 
@@ -132,7 +132,7 @@ def example(ids, weights, line=1):
 
 
 def test_assemble_row_by_hand():
-    row = assemble_row([example([1, 5, 6, 2], [0, 0, 1, 1]), example([1, 7, 2], [0, 0.5, 1], 2)], [0, 1], 7)
+    row = assemble_row([example([1, 5, 6, 2], [0, 0, 1, 1]), example([1, 7, 2], [0, 0.5, 1], 2)], np.array([0, 1]), 7)
     assert row.inputs.tolist() == [1, 5, 6, 1, 7, 0, 0]
     assert row.targets.tolist() == [5, 6, 2, 7, 2, 0, 0]
     assert row.loss_weights.tolist() == [0, 1, 1, 0.5, 1, 0, 0]
@@ -146,6 +146,6 @@ def test_assemble_row_by_hand():
 
 
 def test_a_row_of_no_examples_is_padding():
-    row = assemble_row([], [], 4)
+    row = assemble_row([], np.array([], int), 4)
     assert row.origins == ()
     assert not any(getattr(row, name).any() for name in ("inputs", "targets", "loss_weights", "segment_ids"))
