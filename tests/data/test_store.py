@@ -1,0 +1,259 @@
+"""A store holds what the renderer gave, accounts for every row, and can be neither stale nor half written."""
+
+import dataclasses
+import json
+import threading
+
+import numpy as np
+import pytest
+from word_renderer import WordRenderer, make_config
+
+import sft_jax.data.store as store_module
+from sft_jax.data.conversations import parse_row
+from sft_jax.data.report import account_to_json, check_account
+from sft_jax.data.sources import read_rows
+from sft_jax.data.store import open_store
+from sft_jax.datatypes import DataError, StorageError
+
+GOOD = '{"prompt": "1 2", "completion": "3"}'
+EXPANDS = (
+    '{"messages": [{"role": "system", "content": "rewrites"}, {"role": "user", "content": "1"}, '
+    '{"role": "assistant", "content": "2"}, {"role": "user", "content": "3"}, {"role": "assistant", "content": "4"}]}'
+)
+
+
+def write(tmp_path, *lines, name="rows.jsonl"):
+    path = tmp_path / name
+    path.write_text("".join(f"{line}\n" for line in lines))
+    return path
+
+
+def prepare(tmp_path, path, renderer=None, **data):
+    config = make_config(tmp_path, path, **data)
+    return open_store(config.data.train[0], config.data, renderer or WordRenderer(data.get("unknown_tokens", "error")))
+
+
+def test_a_store_gives_back_what_the_renderer_gave(tmp_path):
+    rewriting = EXPANDS.replace("rewrites", "5 5")
+    path = write(tmp_path, rewriting, "", rewriting.replace("4", "4 4"), EXPANDS.replace('"rewrites"', '"6"'))
+    renderer = WordRenderer()
+    expected = [e for row in read_rows(str(path)) for e in renderer.render(parse_row(row, "messages", {}))]
+    store = prepare(tmp_path, path)
+    assert len(store) == len(expected) == 3
+    assert store.lengths.tolist() == [len(example) for example in expected]
+    assert store.lengths.dtype == np.int32
+    for index, example in enumerate(expected):
+        found = store.example(index)
+        assert (found.origin, store.origin(index)) == (example.origin, example.origin)
+        for name in ("inputs", "targets", "loss_weights"):
+            assert getattr(found, name).tolist() == getattr(example, name).tolist()
+            assert getattr(found, name).dtype == getattr(example, name).dtype
+    assert [example.origin.line for example in expected] == [1, 3, 4]
+
+
+def test_the_arrays_on_disk_are_those_of_the_module_docstring(tmp_path):
+    path = write(tmp_path, GOOD, GOOD.replace('"3"', '"3 4"'))
+    folder = prepare(tmp_path, path).folder
+    assert np.fromfile(folder / "ids.int32", np.int32).tolist() == [1, 5, 11, 12, 6, 13, 2, 1, 5, 11, 12, 6, 13, 14, 2]
+    assert np.fromfile(folder / "loss_weights.float32", np.float32).tolist() == [0] * 5 + [1, 1] + [0] * 5 + [1] * 3
+    assert np.fromfile(folder / "offsets.int64", np.int64).tolist() == [0, 7, 15]
+    assert np.fromfile(folder / "lines.int64", np.int64).tolist() == [1, 2]
+
+
+def test_the_account_balances(tmp_path):
+    path = write(
+        tmp_path,
+        GOOD,
+        "broken",
+        GOOD.replace("1 2", "1 " * 20),
+        GOOD.replace("1 2", "?"),
+        '{"text": "1 2"}',
+        GOOD.replace('"completion"', '"id": 7, "completion"'),
+        *["broken"] * 6,
+    )
+    account = prepare(tmp_path, path, too_long="drop", unknown_tokens="drop").account
+    assert account.rows_read == 12
+    assert account.rows_trained == account.examples == 2
+    assert {reason: lost.count for reason, lost in account.bad.items()} == {"malformed_json": 7, "wrong_format": 1}
+    assert {reason: lost.count for reason, lost in account.dropped.items()} == {"too_long": 1, "unknown_token": 1}
+    assert account.rows_read == account.rows_trained + account.rows_bad + account.rows_dropped
+    assert account.bad["malformed_json"].lines == [2, 7, 8, 9, 10]  # the first five
+    assert (account.tokens, account.supervised_tokens) == (12, 4)
+    assert account.ignored_fields == {"id": 1}
+
+
+@pytest.mark.parametrize("policy", ["error", "drop"])
+def test_a_policy_decides_whether_a_lost_row_is_bad(tmp_path, policy):
+    path = write(tmp_path, GOOD, GOOD.replace("1 2", "1 " * 20), GOOD.replace("1 2", "?"))
+    account = prepare(tmp_path, path, too_long=policy, unknown_tokens=policy).account
+    reasons = account.bad if policy == "error" else account.dropped
+    assert sorted(reasons) == ["too_long", "unknown_token"]
+    assert (account.rows_bad, account.rows_dropped) == ((2, 0) if policy == "error" else (0, 2))
+
+
+def test_what_the_renderer_counts_in_trained_rows_is_in_the_account(tmp_path):
+    path = write(tmp_path, GOOD, GOOD.replace("1 2", "? 1 ?"), GOOD.replace("1 2", "? " * 20))
+    account = prepare(tmp_path, path, unknown_tokens="keep").account
+    assert (account.rows_trained, account.rendering) == (2, {"unknown_tokens": 2})
+
+
+def test_a_row_of_several_examples_is_trained_or_lost_as_one(tmp_path):
+    path = write(tmp_path, EXPANDS)
+    account = prepare(tmp_path, path).account
+    assert (account.rows_trained, account.examples, account.rendering) == (1, 2, {"expanded": 1})
+    account = prepare(tmp_path, path, max_seq_len=8, too_long="drop").account  # the second is longer
+    assert (account.rows_trained, account.examples, account.rows_dropped) == (0, 0, 1)
+
+
+def test_max_seq_len_bounds_the_inputs(tmp_path):
+    path = write(tmp_path, GOOD)  # 7 ids: 6 inputs and their targets
+    assert len(prepare(tmp_path, path, max_seq_len=6)) == 1
+    (message,) = prepare(tmp_path, path, max_seq_len=5).account.bad["too_long"].messages
+    assert message.startswith("is 6 tokens long; config.data.max_seq_len is 5. Raise it, shorten the row, or set ")
+
+
+def test_a_row_with_no_supervised_token_is_bad(tmp_path):
+    class Unsupervised(WordRenderer):
+        def render(self, row):
+            (example,) = super().render(row)
+            return [dataclasses.replace(example, loss_weights=example.loss_weights * 0)]
+
+    account = prepare(tmp_path, write(tmp_path, GOOD), Unsupervised()).account
+    assert account.bad["nothing_supervised"].lines == [1]
+
+
+def test_auto_takes_the_first_row_that_has_a_format(tmp_path):
+    path = write(tmp_path, "broken", '{"question": "1"}', GOOD, '{"text": "1"}')
+    account = prepare(tmp_path, path).account
+    assert account.rows_trained == 1
+    assert account.bad["malformed_json"].lines == [1]
+    assert account.bad["wrong_format"].lines == [2, 4]
+
+
+def test_role_map_reaches_the_rows(tmp_path):
+    path = write(tmp_path, EXPANDS.replace('"user"', '"human"'))
+    assert prepare(tmp_path, path).account.bad["unknown_role"].count == 1
+    assert prepare(tmp_path, path, role_map={"human": "user"}).account.rows_trained == 1
+
+
+# --- One name for one content -----------------------------------------------------------------------------------------
+
+
+def test_everything_that_shapes_a_store_is_in_its_name(tmp_path):
+    path = write(tmp_path, GOOD)
+    stores = [
+        prepare(tmp_path, path),
+        prepare(tmp_path, path, max_seq_len=17),
+        prepare(tmp_path, path, too_long="drop"),
+        prepare(tmp_path, path, unknown_tokens="drop"),
+        prepare(tmp_path, path, unknown_tokens="keep"),
+        prepare(tmp_path, path, role_map={"human": "user"}),
+        prepare(tmp_path, path, WordRenderer(version="other words")),
+        prepare(tmp_path, write(tmp_path, GOOD.replace("3", "4"))),  # the same path
+    ]
+    assert len({store.fingerprint for store in stores}) == len(stores)
+    assert stores[-1].example(0).targets.tolist() != stores[0].example(0).targets.tolist()
+
+
+def test_the_path_and_the_limit_on_bad_rows_are_not_in_its_name(tmp_path):
+    store = prepare(tmp_path, write(tmp_path, GOOD))
+    moved = prepare(tmp_path, write(tmp_path, GOOD, name="moved.jsonl"), max_bad_fraction=0.5)
+    assert moved.fingerprint == store.fingerprint
+    assert moved.origin(0).path == str(tmp_path / "moved.jsonl")
+
+
+def test_a_store_is_made_once(tmp_path, monkeypatch):
+    path = write(tmp_path, GOOD)
+    first = prepare(tmp_path, path)
+    monkeypatch.setattr(store_module, "parse_row", None)  # no row may be parsed again
+    assert prepare(tmp_path, path).folder == first.folder
+
+
+def test_a_source_that_changes_while_it_is_read_is_refused(tmp_path):
+    path = write(tmp_path, GOOD, GOOD)
+
+    class Writer(WordRenderer):
+        def render(self, row):
+            if row.origin.line == 1:
+                path.write_text(f"{GOOD}\n{GOOD}\n{GOOD}\n")
+            return super().render(row)
+
+    with pytest.raises(DataError, match=r"rows\.jsonl: changed while it was read"):
+        prepare(tmp_path, path, Writer())
+    assert list((tmp_path / "stores").iterdir()) == []  # nothing half done is left
+
+
+def test_two_runs_may_prepare_the_same_store_at_once(tmp_path):
+    path = write(tmp_path, *[GOOD] * 50)
+    barrier = threading.Barrier(4, timeout=30)
+
+    class Slow(WordRenderer):
+        def render(self, row):
+            if row.origin.line == 25:
+                barrier.wait()  # all are in the middle of it
+            return super().render(row)
+
+    stores = []
+    threads = [threading.Thread(target=lambda: stores.append(prepare(tmp_path, path, Slow()))) for _ in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert [len(store) for store in stores] == [50] * 4
+    assert len({store.folder for store in stores}) == 1
+    assert list((tmp_path / "stores").iterdir()) == [stores[0].folder]
+
+
+def test_a_damaged_store_is_noticed(tmp_path):
+    path = write(tmp_path, GOOD)
+    file = prepare(tmp_path, path).folder / "ids.int32"
+    file.write_bytes(file.read_bytes()[:-4])
+    with pytest.raises(DataError, match=r"is damaged: its arrays have sizes .* Delete it"):
+        prepare(tmp_path, path)
+
+
+def test_a_store_folder_that_cannot_be_written(tmp_path):
+    (tmp_path / "stores").write_text("a file")
+    with pytest.raises(StorageError, match=r"config\.data\.store_dir: .*stores cannot be written"):
+        prepare(tmp_path, write(tmp_path, GOOD))
+
+
+# --- The account's limit ----------------------------------------------------------------------------------------------
+
+
+def test_bad_rows_over_the_limit_stop_with_reasons_lines_and_remedies(tmp_path):
+    path = write(tmp_path, GOOD, "broken", GOOD.replace('"3"', "3"), "{", "[]", GOOD, GOOD, GOOD, GOOD, GOOD)
+    account = prepare(tmp_path, path).account
+    check_account(account, str(path), 0.4)
+    with pytest.raises(DataError) as raised:
+        check_account(account, str(path), 0.39)
+    assert str(raised.value) == (
+        f"{path}: 4 of 10 rows are bad; config.data.max_bad_fraction allows 0.39 of them.\n"
+        f"       2 malformed_json: {path}:2: JSON is malformed: invalid character (byte 0). Fix or remove the line.\n"
+        f"         also {path}:4\n"
+        f"       1 content_not_text: {path}:3: completion is a number; expected a string. Fix the row.\n"
+        f'       1 not_an_object: {path}:5: is a JSON list; expected an object such as {{"messages": [...]}}.\n'
+        "Mend the rows, or raise config.data.max_bad_fraction to have them dropped and counted."
+    )
+
+
+def test_rows_dropped_by_choice_are_not_bad(tmp_path):
+    path = write(tmp_path, GOOD, GOOD.replace("1 2", "1 " * 20))
+    check_account(prepare(tmp_path, path, too_long="drop").account, str(path), 0.0)
+
+
+def test_a_source_with_nothing_to_train_on_is_refused(tmp_path):
+    path = write(tmp_path, GOOD.replace("1 2", "1 " * 20))
+    with pytest.raises(DataError, match=r"none of its 1 rows can be trained on\.\n +1 too_long: .*rows\.jsonl:1: is"):
+        check_account(prepare(tmp_path, path, too_long="drop").account, str(path), 1.0)
+    empty = write(tmp_path, "", name="empty.jsonl")
+    with pytest.raises(DataError, match="has no rows"):
+        check_account(prepare(tmp_path, empty).account, str(empty), 1.0)
+
+
+def test_the_report_names_file_and_line(tmp_path):
+    path = write(tmp_path, GOOD, "broken")
+    report = account_to_json(prepare(tmp_path, path).account, str(path))
+    assert json.loads(json.dumps(report)) == report
+    assert report["bad"]["malformed_json"]["count"] == 1
+    assert report["bad"]["malformed_json"]["first"][0]["origin"] == f"{path}:2"

@@ -1,0 +1,61 @@
+"""A renderer that a person can do by hand: each word is an id, each role is an id, so that a test knows every length.
+
+user "a b", assistant "c"  ->  1 [user] a b [assistant] c 2      supervised: c 2
+"""
+
+from collections import Counter
+
+from sft_jax.config_schema import Config, DataConfig, RunConfig, SourceConfig
+from sft_jax.data.errors import RowError
+from sft_jax.data.rendering import Renderer
+from sft_jax.datatypes import Document, TokenizedExample
+
+BOS, STOP, UNKNOWN = 1, 2, 3
+ROLE_IDS = {"system": 4, "user": 5, "assistant": 6, "tool": 7}
+FIRST_WORD = 10
+
+
+class WordRenderer(Renderer):
+    """The word `?` cannot be expressed; a system prompt `rewrites` makes every turn an example of its own."""
+
+    def __init__(self, unknown_tokens="error", version="words"):
+        self.counts = Counter()
+        self.unknown_tokens = unknown_tokens
+        self.version = version
+
+    def fingerprint(self):
+        return self.version
+
+    def render(self, row):
+        if isinstance(row, Document):
+            ids = [BOS, *self._encode(row.text, row.origin), STOP]
+            return [TokenizedExample.from_ids(ids, [1.0] * len(ids), row.origin)]
+        ids, weights, examples = [BOS], [0.0], []
+        for message in row.messages:
+            words = self._encode(message.content, row.origin)
+            ids += [ROLE_IDS[message.role], *words]
+            weights += [0.0] + [float(message.role == "assistant")] * len(words)
+            if message.role == "assistant":
+                ids.append(STOP)
+                weights.append(1.0)
+                examples.append(TokenizedExample.from_ids(list(ids), list(weights), row.origin))
+        if row.messages[0].content != "rewrites":
+            return examples[-1:]
+        self.counts["expanded"] += len(examples) - 1
+        return examples
+
+    def _encode(self, text, origin):
+        if text == "rewrites":
+            return []
+        words = text.split()
+        if "?" in words and self.unknown_tokens != "keep":
+            raise RowError("unknown_token", origin, "has '?', which the tokenizer cannot express. Remove it.")
+        self.counts["unknown_tokens"] += words.count("?")
+        return [UNKNOWN if word == "?" else FIRST_WORD + int(word) for word in words]
+
+
+def make_config(tmp_path, *paths, seed=0, **data):
+    """A config over source files; the stores lie in the test's folder."""
+    defaults = {"max_seq_len": 16, "read_threads": 0, "store_dir": f"{tmp_path}/stores"}
+    sources = tuple(SourceConfig(path=str(path)) for path in paths)
+    return Config(run=RunConfig(seed=seed), data=DataConfig(train=sources, **(defaults | data)))
