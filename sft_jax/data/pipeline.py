@@ -1,0 +1,240 @@
+"""Sources and a config in, this process's rows of any global batch out.
+
+Batch `i` is rows [i * B, (i + 1) * B) of the epochs' plans laid end to end, whatever the number of processes. With
+three rows an epoch and B = 2, two epochs are
+
+    epoch      0 0 0 1 1 1
+    row        0 1 2 0 1 2       each epoch has its own order
+    batch      0 0 1 1 2 2       batch 1 straddles the border; a last batch of fewer rows is filled up with padding
+
+Which rows a batch holds follows from (data, seed, step) alone, so a run starts at any step with nothing to replay, on
+any number of processes. Importing grain imports jax, but nothing here starts a jax backend.
+"""
+
+import hashlib
+import json
+import threading
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import grain
+import numpy as np
+
+from sft_jax.config_schema import Config, SourceConfig, source_name
+from sft_jax.data.packing import PLAN_VERSION, PackingPlan, assemble_row, attention_costs, balanced_order, plan_epoch
+from sft_jax.data.rendering import Renderer
+from sft_jax.data.report import account_to_json, check_account
+from sft_jax.data.sources import check_source_path
+from sft_jax.data.store import TokenStore, open_store
+from sft_jax.datatypes import ConfigError, DataError, HostBatch, PackedRow
+
+_ARRAYS = ("inputs", "targets", "loss_weights", "segment_ids", "positions", "source_ids")
+
+
+def open_dataset(
+    sources: Sequence[SourceConfig],
+    config: Config,
+    renderer: Renderer,
+    *,
+    batch_size: int,
+    num_epochs: int | None,
+    num_steps: int | None,
+    shuffle: bool,
+) -> "PackedDataset":
+    """Tokenize what has not been tokenized yet, check every source's account, and plan the run.
+
+    Args:
+      batch_size: global rows per batch.
+      num_epochs: passes over the data; None where num_steps is given.
+      num_steps: batches in all, from as many epochs as they take; None where num_epochs is given.
+      shuffle: by `config.run.seed`, each epoch anew; False: the same order always, as evaluation wants it.
+
+    Raises:
+      DataError: a source is missing, has more bad rows than `config.data.max_bad_fraction`, or nothing to train on.
+    """
+    if not sources:
+        raise DataError("config.data: names no source to read. Add one: [dict(path='chats.jsonl')].")
+    for source in sources:
+        check_source_path(source.path, _field_of(source, config))
+    stores = [open_store(source, config.data, renderer) for source in sources]
+    errors = []
+    for store in stores:
+        try:
+            check_account(store.account, store.path, config.data.max_bad_fraction)
+        except DataError as error:
+            errors.append(str(error))
+    if errors:
+        raise DataError("\n".join(errors))
+    return PackedDataset(
+        stores,
+        [source_name(source) for source in sources],
+        config,
+        batch_size=batch_size,
+        num_epochs=num_epochs,
+        num_steps=num_steps,
+        seed=config.run.seed if shuffle else None,
+    )
+
+
+class PackedDataset:
+    """The global batches of a run, by number."""
+
+    def __init__(
+        self,
+        stores: Sequence[TokenStore],
+        source_names: Sequence[str],
+        config: Config,
+        *,
+        batch_size: int,
+        num_epochs: int | None,
+        num_steps: int | None,
+        seed: int | None,
+    ):
+        self.source_names = tuple(source_names)
+        self._stores = tuple(stores)
+        self._starts = np.cumsum([0, *map(len, stores)])  # example ids of source s: [starts[s], starts[s + 1])
+        self._lengths = np.concatenate([store.lengths for store in stores])
+        self._batch_size, self._seed = batch_size, seed
+        self._max_seq_len, self._packing = config.data.max_seq_len, config.data.packing
+        self._read_threads = config.data.read_threads
+
+        self._lock = threading.Lock()
+        self._plans: dict[int, tuple[PackingPlan, np.ndarray]] = {}
+        self._rows_per_epoch = self._plan(0)[0].num_rows
+        if num_steps is not None:
+            self._num_filled = num_steps * batch_size
+        else:
+            assert num_epochs is not None
+            self._num_filled = num_epochs * self._rows_per_epoch
+        self.num_steps = -(-self._num_filled // batch_size)
+        self.num_rows = self.num_steps * batch_size
+        self.steps_per_epoch = self._rows_per_epoch / batch_size
+
+    @property
+    def fingerprint_fields(self) -> dict[str, Any]:
+        """All that decides what each batch holds, as JSON values by name; the length of the run does not."""
+        by_source = {"content", "format"}
+        shared = {name: value for name, value in self._stores[0].fingerprint_fields.items() if name not in by_source}
+        return {
+            "files": [store.fingerprint_fields["content"] for store in self._stores],
+            "formats": [store.fingerprint_fields["format"] for store in self._stores],
+            **shared,
+            "packing": self._packing,
+            "plan_version": PLAN_VERSION,
+            "seed": self._seed,
+            "batch_size": self._batch_size,
+        }
+
+    @property
+    def fingerprint(self) -> str:
+        """sha256 of the fields, hex."""
+        return hashlib.sha256(json.dumps(self.fingerprint_fields, sort_keys=True).encode()).hexdigest()
+
+    @property
+    def report(self) -> dict[str, Any]:
+        """data_report.json: every row accounted for, and what packing made of the rest."""
+        accounts = [store.account for store in self._stores]
+        tokens = sum(account.tokens for account in accounts)
+        supervised_tokens = sum(account.supervised_tokens for account in accounts)
+        return {
+            "fingerprint": self.fingerprint,
+            "rows_read": sum(account.rows_read for account in accounts),
+            "rows_trained": sum(account.rows_trained for account in accounts),
+            "rows_bad": sum(account.rows_bad for account in accounts),
+            "rows_dropped": sum(account.rows_dropped for account in accounts),
+            "examples": len(self._lengths),
+            "tokens": tokens,
+            "supervised_tokens": supervised_tokens,
+            "supervised_fraction": supervised_tokens / tokens,
+            "packing": self._packing,
+            "max_seq_len": self._max_seq_len,
+            "batch_size": self._batch_size,
+            "rows_per_epoch": self._rows_per_epoch,
+            "fill_fraction": tokens / (self._rows_per_epoch * self._max_seq_len),
+            "steps_per_epoch": self.steps_per_epoch,
+            "num_epochs": self._num_filled / self._rows_per_epoch,
+            "num_steps": self.num_steps,
+            "padding_rows": self.num_rows - self._num_filled,
+            "sources": {
+                name: {"path": store.path, "store": str(store.folder), **account_to_json(store.account, store.path)}
+                for name, store in zip(self.source_names, self._stores, strict=True)
+            },
+        }
+
+    def row(self, index: int) -> PackedRow:
+        """Row `index` of the run, exactly as the step receives it."""
+        step, position = divmod(index, self._batch_size)
+        return self._assemble(self._contents(step)[position])
+
+    def iterate(self, start_step: int = 0, *, process_index: int = 0, process_count: int = 1) -> Iterator[HostBatch]:
+        """Batches start_step, start_step + 1, ..., num_steps - 1: of each, the rows of one process.
+
+        Process p of P has rows [p * B / P, (p + 1) * B / P) of every global batch.
+
+        Raises:
+          ConfigError: the rows of a batch do not divide among the processes.
+        """
+        if self._batch_size % process_count:
+            raise ConfigError(
+                f"config.batch: a batch of {self._batch_size} rows does not divide among {process_count} processes. "
+                f"Make it a multiple of {process_count}."
+            )
+        num_rows = self._batch_size // process_count
+        local = slice(process_index * num_rows, (process_index + 1) * num_rows)
+
+        def read_batch(step: int) -> HostBatch:
+            rows = [self._assemble(examples) for examples in self._contents(step)[local]]
+            arrays = {name: np.stack([getattr(row, name) for row in rows]) for name in _ARRAYS}
+            return HostBatch(step=step, **arrays, origins=tuple(row.origins for row in rows))
+
+        threads = self._read_threads
+        options = grain.ReadOptions(num_threads=threads, prefetch_buffer_size=2 * threads)
+        batches = grain.MapDataset.range(start_step, self.num_steps).map(read_batch).to_iter_dataset(options)
+        return _close_at_end(iter(batches))
+
+    def _contents(self, step: int) -> list[np.ndarray]:
+        """The example ids of each row of a global batch, in the order in which the rows are laid."""
+        contents, costs = [], []
+        for index in range(step * self._batch_size, (step + 1) * self._batch_size):
+            if index < self._num_filled:
+                epoch, row = divmod(index, self._rows_per_epoch)
+                plan, plan_costs = self._plan(epoch)
+                contents.append(plan.examples_of(row))
+                costs.append(plan_costs[row])
+            else:
+                contents.append(np.empty(0, np.int64))
+                costs.append(0)
+        return [contents[rank] for rank in balanced_order(np.array(costs))]
+
+    def _plan(self, epoch: int) -> tuple[PackingPlan, np.ndarray]:
+        """An epoch's plan and the attention cost of its rows. Threads read around a border: two plans are kept."""
+        with self._lock:
+            if epoch not in self._plans:
+                # The same epoch over and over where nothing is shuffled.
+                plan = plan_epoch(self._lengths, self._max_seq_len, self._seed, epoch, self._packing)
+                kept = {other: self._plans[other] for other in self._plans if abs(other - epoch) == 1}
+                self._plans = kept | {epoch: (plan, attention_costs(plan, self._lengths))}
+            return self._plans[epoch]
+
+    def _assemble(self, example_ids: np.ndarray) -> PackedRow:
+        source_ids = np.searchsorted(self._starts, example_ids, side="right") - 1
+        places = zip(source_ids.tolist(), (example_ids - self._starts[source_ids]).tolist(), strict=True)
+        examples = [self._stores[source].example(index) for source, index in places]
+        return assemble_row(examples, source_ids, self._max_seq_len)
+
+
+def _close_at_end(batches: Any) -> Iterator[HostBatch]:
+    """The batches of a grain iterator; its threads end with the last batch, or when the caller stops."""
+    try:
+        yield from batches
+    finally:
+        batches.close()
+
+
+def _field_of(source: SourceConfig, config: Config) -> str:
+    """The path in the config that names a source's file."""
+    for group in ("train", "eval"):
+        named = getattr(config.data, group)
+        if source in named:
+            return f"config.data.{group}[{named.index(source)}].path"
+    return "path"
