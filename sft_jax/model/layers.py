@@ -33,8 +33,13 @@ class Linear(nnx.Module):
         self.num_in = len(in_dims)
         self.kernel = nnx.Param(stddev * jax.random.normal(key, in_dims + out_dims, dtype))
 
-    def __call__(self, x: Float[Array, "..."]) -> Float[Array, "..."]:
-        return jnp.tensordot(x, self.kernel[...].astype(x.dtype), self.num_in)
+    def __call__(self, x: Float[Array, "B L ..."]) -> Float[Array, "B L ..."]:
+        # One plain matrix product over [B * L]: with B and L apart, XLA on CPU takes twice as long for the gradient of
+        # the kernel (33 against 18 ms for 4,096 x 288 x 768). Rows stay local, since L is not sharded.
+        kernel = self.kernel[...].astype(x.dtype)
+        size = math.prod(kernel.shape[: self.num_in])
+        y_TO = x.reshape(-1, size) @ kernel.reshape(size, -1)
+        return y_TO.reshape(*x.shape[:2], *kernel.shape[self.num_in :])
 
 
 class RMSNorm(nnx.Module):
