@@ -15,7 +15,10 @@ from rich.console import Console
 from word_renderer import WordRenderer, make_config
 
 from sft_jax.data.pipeline import open_dataset
+from sft_jax.data.rendering import Renderer
 from sft_jax.data.report import report_table
+from sft_jax.data.templates import load_template
+from sft_jax.data.tokenizer import load_tokenizer
 from sft_jax.datatypes import ConfigError, DataError
 
 ARRAYS = ("inputs", "targets", "loss_weights", "segment_ids", "positions", "source_ids")
@@ -331,6 +334,7 @@ import sys
 sys.path.insert(0, {__file__.rsplit("/", 1)[0]!r})
 from word_renderer import WordRenderer, make_config
 from sft_jax.data.pipeline import open_dataset
+from sft_jax.data.rendering import Renderer
 config = make_config({str(tmp_path)!r}, {str(sources[0])!r}, read_threads=2)
 data = open_dataset(
     config.data.train, config, WordRenderer(), batch_size=2, num_epochs=1, num_steps=None, shuffle=True
@@ -350,3 +354,20 @@ def test_reading_is_much_faster_than_training(open_data, tmp_path):
     started = time.process_time()
     tokens = sum(batch.inputs.size for batch in data.iterate())
     assert tokens / (time.process_time() - started) > 1e6  # 10^7 on a quiet core without the type checks of tests
+
+
+def test_gsm8k_with_the_renderer_of_a_run(assets, tmp_path):
+    path = tmp_path / "gsm8k.jsonl"
+    rows = [json.loads(line) for line in (assets / "sft/gsm8k/test.jsonl").read_text().splitlines()]
+    path.write_text("".join(json.dumps({"prompt": r["question"], "completion": r["answer"]}) + "\n" for r in rows))
+    tokenizer = load_tokenizer(str(assets / "tokenizers/llama2"))
+    renderer = Renderer(tokenizer, load_template("llama2", tokenizer, {}))
+    config = make_config(tmp_path, path, max_seq_len=2_048)
+    data = open_dataset(config.data.train, config, renderer, batch_size=8, num_epochs=1, num_steps=None, shuffle=True)
+    assert data.report["rows_trained"] == data.report["examples"] == len(rows)
+    assert data.report["fill_fraction"] > 0.98  # an epoch has few rows here: its last one weighs
+    row = data.row(0)
+    for segment, origin in enumerate(row.origins, start=1):
+        supervised = row.targets[(row.segment_ids == segment) & (row.loss_weights > 0)].tolist()
+        assert supervised[-1] in renderer.stop_ids
+        assert tokenizer.decode(supervised[:-1]).strip() == rows[origin.line - 1]["answer"].strip()
