@@ -1,6 +1,6 @@
 """A tokenizer.json -> text to ids and back, run by the `tokenizers` library, with no control token ever from text.
 
-The library is given a copy of the file from which control tokens are taken out, so that no text can become one. Where
+The library is given a copy of the file in which control tokens have other names, so that no text can become one. Where
 the file puts a prefix before text (sentencepiece's `▁`, in one of the four spellings known here), a second copy without
 it encodes continuations. Normalization and splitting stay the file's own.
 """
@@ -22,7 +22,7 @@ from sft_jax.data.tokenizer_files import write_json
 from sft_jax.datatypes import DataError
 
 TEXT_START = r"\A"  # how the prefix rule that we write ourselves begins: see sentencepiece_export.py
-_HIDDEN = "\ue000\ue001"  # begins the stand-ins for pieces that no text may become
+_HIDDEN = "\ue000\ue001"  # begins the names under which control tokens are hidden; `encode` passes no such text on
 
 
 def json_control_tokens(spec: dict[str, Any]) -> list[ControlToken]:
@@ -205,28 +205,28 @@ class JsonModel:
 
 
 def _without_control(spec: dict[str, Any], control: set[str]) -> dict[str, Any]:
-    """A copy of the file in which no text becomes one of `control`, with no truncation and no padding."""
-    added = [fields for fields in spec.get("added_tokens") or () if fields["content"] not in control]
+    """A copy of the file in which no text becomes one of `control`, with no truncation and no padding.
+
+    Control tokens are renamed, not taken out: the library numbers added tokens by how many there are.
+    """
     model = dict(spec["model"])
-    unknown = {model["unk_token"]} if model.get("unk_token") else set()
+    pieces = set(model["vocab"]) if isinstance(model["vocab"], dict) else {piece for piece, _ in model["vocab"]}
+    unknown = {model["unk_token"]} & pieces if model.get("unk_token") else set()  # the model finds it by its name
+    hidden = {text: f"{_HIDDEN}{i}" for i, text in enumerate(sorted(control - unknown))}
     if isinstance(model["vocab"], dict):
-        hidden = control & model["vocab"].keys() - unknown
-        if hidden:
-            model["vocab"] = {piece: i for piece, i in model["vocab"].items() if piece not in hidden}
-        if hidden and "merges" in model:
-            pairs = [tuple(m.split(" ", 1)) if isinstance(m, str) else tuple(m) for m in model["merges"]]
-            model["merges"] = [list(pair) for pair in pairs if not hidden & {*pair, "".join(pair)}]
-    else:  # Unigram: ids are places, so the piece stays, under a text that encode() never passes on
-        model["vocab"] = [
-            [f"{_HIDDEN}{i}" if piece in control else piece, score] for i, (piece, score) in enumerate(model["vocab"])
-        ]
-    return spec | {
-        "added_tokens": added,
-        "model": model,
-        "post_processor": None,
-        "truncation": None,
-        "padding": None,
-    }
+        model["vocab"] = {hidden.get(piece, piece): i for piece, i in model["vocab"].items()}
+    else:
+        model["vocab"] = [[hidden.get(piece, piece), score] for piece, score in model["vocab"]]
+    if "merges" in model and hidden.keys() & pieces:
+        pairs = [tuple(m.split(" ", 1)) if isinstance(m, str) else tuple(m) for m in model["merges"]]
+        model["merges"] = [list(pair) for pair in pairs if not hidden.keys() & {*pair, "".join(pair)}]
+    added = [
+        fields | ({"content": hidden[fields["content"]], "normalized": False} if fields["content"] in hidden else {})
+        for fields in spec.get("added_tokens") or ()
+        if fields["content"] not in unknown
+    ]
+    unused = dict.fromkeys(("post_processor", "truncation", "padding"))
+    return spec | {"added_tokens": added, "model": model} | unused
 
 
 def _unknown_id(spec: dict[str, Any]) -> int | None:

@@ -154,15 +154,21 @@ class Renderer:
         prompt = self.template.render(messages[:i], add_generation_prompt=True)
         whole = self.template.render(messages[: i + 1], add_generation_prompt=False)
         where = f"chat template {self.template.name}, message {i + 1}"
+        for k in range(i - 1, -1, -1):
+            if messages[k].role == "assistant":
+                break  # checked with its own turn; from here on the template may rewrite history
+            if messages[k].role != "tool" and messages[k].content.strip() not in prompt:
+                what = f"chat template {self.template.name} leaves out message {k + 1}, of role {messages[k].role}"
+                raise RowError("template", origin, f"{what}. Take it out of the row, or choose another template.")
         if not whole.startswith(prompt):
-            message = f"{where}: the prompt that asks for it is no prefix of the text with it. Choose another template."
-            raise RowError("template", origin, message)
+            what = f"{where}: the prompt that asks for it is no prefix of the text with it"
+            raise RowError("template", origin, f"{what}. Choose another template.")
         if not self._stop.is_written:
             return prompt, whole[len(prompt) :], ""
         end = whole.rfind(self._stop.text, len(prompt))
         if end < 0:
-            message = f"{where}: is not followed by the stop token {self._stop.text!r}. Choose another template."
-            raise RowError("template", origin, message)
+            what = f"{where}: is not followed by the stop token {self._stop.text!r}"
+            raise RowError("template", origin, f"{what}. Choose another template.")
         end += len(self._stop.text)
         return prompt, whole[len(prompt) : end], whole[end:]
 

@@ -44,7 +44,7 @@ def find_stop(tokenizer: Tokenizer, template: ChatTemplate, stop_token: str) -> 
         prompt = template.render([_USER], add_generation_prompt=True)
         whole = template.render([_USER, _ANSWER], add_generation_prompt=False)
     except TemplateError as error:
-        raise ConfigError(f"{where}: refuses a user and an assistant message: {error}. Choose another.") from error
+        raise ConfigError(f"config.data.chat_template: {error}. Choose another template.") from error
     _check_markers(tokenizer, template, prompt, whole)
     if not whole.startswith(prompt):
         at = next(k for k in range(len(whole) + 1) if whole[: k + 1] != prompt[: k + 1])
@@ -54,8 +54,9 @@ def find_stop(tokenizer: Tokenizer, template: ChatTemplate, stop_token: str) -> 
             "config.data.chat_template_kwargs, for example enable_thinking, or choose another template."
         )
     _, answer, after = whole[len(prompt) :].partition(_ANSWER.content)
-    if not answer:
-        raise ConfigError(f"{where}: does not write the assistant's content. Choose another template.")
+    if not answer or _USER.content not in prompt:
+        whose = "user" if answer else "assistant"
+        raise ConfigError(f"{where}: leaves out the {whose}'s text; it may expect images. Choose another template.")
     control = [part for part in tokenizer.control.split(after) if isinstance(part, int)]
     if stop_token:
         return StopToken(stop_token, is_written=tokenizer.control.ids[stop_token] in control)

@@ -17,7 +17,7 @@ import json
 import logging
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 from sft_jax.data.control_tokens import ControlToken, ControlTokens, is_text, merge_control_tokens
 from sft_jax.data.json_model import JsonModel, json_control_tokens, restarting_tokens
@@ -32,18 +32,8 @@ logger = logging.getLogger(__name__)
 _SHORT = 16  # characters
 
 
-class TextModel(Protocol):
-    """Text <-> ids without control tokens: sentencepiece_model.py and json_model.py."""
-
-    num_ids: int  # highest id + 1
-    unk_id: int | None
-    adds_prefix: bool  # whether text that is no continuation gets a prefix
-
-    def encode(self, text: str, *, continuation: bool) -> list[int]: ...
-    def decode(self, ids: list[int], *, continuation: bool) -> str: ...
-    def token_id(self, text: str) -> int | None: ...
-    def special_tokens(self) -> dict[str, str]: ...
-    def fingerprint(self) -> str: ...
+TextModel = SentencePieceModel | JsonModel
+"""Text <-> ids without control tokens. The two have the same methods."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -201,7 +191,7 @@ def load_tokenizer(path: str | Path, new_tokens: Iterable[str] = ()) -> Tokenize
       DataError: a file is damaged or of a kind that is not run, or two files contradict each other.
     """
     files = read_tokenizer_files(path)
-    proto = parse_sentencepiece(files.sentencepiece, files.origin) if files.sentencepiece else None
+    proto = None if files.sentencepiece is None else parse_sentencepiece(files.sentencepiece, files.origin)
     own = sentencepiece_control_tokens(proto) if proto else []
     groups = [own, json_control_tokens(files.spec), [token for token in files.added_tokens if not is_text(token.text)]]
     control = merge_control_tokens(groups, files.origin)

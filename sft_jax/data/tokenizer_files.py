@@ -20,10 +20,10 @@ _TIKTOKEN_LINE = re.compile(rb"[A-Za-z0-9+/]+={0,2} \d+\r?\n")
 
 @dataclass(frozen=True)
 class TokenizerFiles:
-    """What a tokenizer folder holds. Files that are absent are empty."""
+    """What a tokenizer folder holds. JSON files that are absent are empty."""
 
     origin: str
-    sentencepiece: bytes = b""  # the .model
+    sentencepiece: bytes | None = None  # the .model
     spec: dict[str, Any] = field(default_factory=dict)  # tokenizer.json
     config: dict[str, Any] = field(default_factory=dict)  # tokenizer_config.json
     special_tokens: dict[str, str] = field(default_factory=dict)  # role such as "bos_token" -> text
@@ -81,7 +81,7 @@ def _add_model_file(files: TokenizerFiles, path: Path) -> TokenizerFiles:
             f"{path}: holds tiktoken ranks (as Llama-3's original release does), which are not read. "
             "Use the tokenizer.json of the same model's Hugging Face folder."
         )
-    if files.sentencepiece:
+    if files.sentencepiece is not None:
         raise DataError(f"{path}: a second sentencepiece model in one folder. Name the file that is meant.")
     return TokenizerFiles(**(vars(files) | {"sentencepiece": content}))
 
