@@ -126,14 +126,11 @@ def _decode_batch(
         stopped = rows.stopped | jnp.isin(chosen, stop_ids)
         tokens = rows.tokens.at[row, rows.lengths].set(jnp.where(stopped, 0, chosen))
         lengths = rows.lengths + ~stopped
-        segment_ids = (~stopped).astype(jnp.int32)
-        hidden, cache = run(chosen[:, None], rows.lengths[:, None], segment_ids[:, None], rows.cache)
+        hidden, cache = run(chosen[:, None], rows.lengths[:, None], rows.cache)
         return _Rows(tokens, lengths, stopped, _logits(hidden[:, 0], head), cache, rows.num_steps + 1)
 
     positions = jnp.broadcast_to(jnp.arange(width)[None], (batch, width))
-    segment_ids = (positions < lengths[:, None]).astype(jnp.int32)
-    cache = empty_cache(config, batch, num_slots, compute_dtype)
-    hidden, cache = run(prompts, positions, segment_ids, cache)
+    hidden, cache = run(prompts, positions, empty_cache(config, batch, num_slots, compute_dtype))
     tokens = jnp.pad(prompts, ((0, 0), (0, num_slots - width)))
     logits = _logits(hidden[row, jnp.maximum(lengths - 1, 0)], head)
     first = _Rows(tokens, lengths, lengths == 0, logits, cache, jnp.array(0))

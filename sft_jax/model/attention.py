@@ -26,7 +26,7 @@ _MASKED = -1e30  # a score that exp() turns into 0; finite, so that a row of not
 
 
 class Rows(NamedTuple):
-    """Where tokens stand: the segment of each (0: padding, or an empty cache slot), and its position in the segment."""
+    """Where tokens stand: the segment of each (0: padding), and its position in the segment."""
 
     positions: Int[Array, "B L"]
     segment_ids: Int[Array, "B L"]

@@ -64,11 +64,13 @@ class EmbeddingNoise(NamedTuple):
 
 
 class KVCache(NamedTuple):
-    """Keys and values of one segment per row; a token at position p lies in slot p. Segment 0 marks an empty slot."""
+    """Keys and values of one sequence per row; the token at position p lies in slot p.
+
+    A query at position p sees slots 0 to p, all written by then; what lies beyond is left over from padding, or empty.
+    """
 
     keys: Float[Array, "layers B M K H"]
     values: Float[Array, "layers B M K H"]
-    segment_ids: Int[Array, "B M"]
 
 
 class Embedding(nnx.Module):
@@ -125,18 +127,18 @@ class Transformer(nnx.Module):
     def decode(
         self,
         inputs: Int[Array, "B L"],
-        rows: Rows,
+        positions: Int[Array, "B L"],
         cache: KVCache,
         *,
         compute_dtype: DTypeLike,
         attention: str,
         mesh: Mesh | AbstractMesh | None,
     ) -> tuple[Float[Array, "B L D"], KVCache]:
-        batch, num_slots = cache.segment_ids.shape
-        row, slot = jnp.arange(batch)[:, None], rows.positions
-        segment_ids = cache.segment_ids.at[row, slot].set(rows.segment_ids)
-        kv_rows = Rows(jnp.broadcast_to(jnp.arange(num_slots), segment_ids.shape), segment_ids)
-        rope = rope_for(rows.positions, self.config, compute_dtype)
+        batch, num_slots = cache.keys.shape[1:3]
+        row, slot = jnp.arange(batch)[:, None], positions
+        slots = jnp.broadcast_to(jnp.arange(num_slots)[None], (batch, num_slots))
+        rows, kv_rows = (Rows(places, jnp.ones_like(places)) for places in (positions, slots))
+        rope = rope_for(positions, self.config, compute_dtype)
 
         def run_layer(carry: tuple[Array, Array, Array], scanned: tuple[DecoderLayer, Array]) -> tuple[Any, None]:
             x, keys, values = carry
@@ -152,7 +154,7 @@ class Transformer(nnx.Module):
 
         carry = (self.embed(inputs, compute_dtype, mesh), cache.keys, cache.values)
         (x, keys, values), _ = jax.lax.scan(run_layer, carry, (self.layers, jnp.arange(self.config.num_layers)))
-        return self.final_norm(x), KVCache(keys, values, segment_ids)
+        return self.final_norm(x), KVCache(keys, values)
 
 
 def _draw_noise(noise: EmbeddingNoise, rows: Rows, embed_dim: int) -> Float[Array, "B L D"]:
@@ -232,7 +234,6 @@ def decode(
     config: TransformerConfig,
     inputs: Int[Array, "B L"],
     positions: Int[Array, "B L"],
-    segment_ids: Int[Array, "B L"],
     cache: KVCache,
     *,
     compute_dtype: DTypeLike,
@@ -241,24 +242,22 @@ def decode(
 ) -> tuple[Float[Array, "B L D"], KVCache]:
     """Hidden states of the next tokens of each row, which see what the cache holds and each other; and the new cache.
 
-    A token of segment 0 leaves its slot empty. With prompts of 3 and 2 tokens, filling and one step of decoding:
+    Positions also say the slots. Filling with prompts of 3 and 2 tokens, then one step: the second row's padding takes
+    slot 2, where nothing sees it before its next token is written over it.
 
-        inputs       7 8 9      then  4        positions also say the slots, so that
-                     5 6 .            3        the second row's padding in slot 2 is
-        positions    0 1 2            3        overwritten by its next token
-                     0 1 2            2
-        segment_ids  1 1 1            1
-                     1 1 0            1
+        inputs     7 8 9   then  4
+                   5 6 .         3
+        positions  0 1 2         3
+                   0 1 2         2
     """
     model = _merge(params, config)
-    rows = Rows(positions, segment_ids)
-    return model.decode(inputs, rows, cache, compute_dtype=compute_dtype, attention=attention, mesh=mesh)
+    return model.decode(inputs, positions, cache, compute_dtype=compute_dtype, attention=attention, mesh=mesh)
 
 
 def empty_cache(config: TransformerConfig, batch_size: int, num_slots: int, dtype: DTypeLike) -> KVCache:
     """A cache of `num_slots` tokens a row with nothing in it."""
     shape = (config.num_layers, batch_size, num_slots, config.num_kv_heads, config.head_dim)
-    return KVCache(jnp.zeros(shape, dtype), jnp.zeros(shape, dtype), jnp.zeros((batch_size, num_slots), jnp.int32))
+    return KVCache(jnp.zeros(shape, dtype), jnp.zeros(shape, dtype))
 
 
 def output_head(params: Mapping[str, Array]) -> Float[Array, "V D"]:

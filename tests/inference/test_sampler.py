@@ -81,6 +81,12 @@ def test_samples_follow_the_seed(params):
     assert len({answer.ids for answer in same_prompt}) > 1
 
 
+def test_each_step_draws_anew(params):
+    uniform = {path: jnp.zeros_like(leaf) for path, leaf in params.items()}
+    (answer, *_) = run_generate(uniform, CONFIG, PROMPTS, temperature=1.0, top_p=0.9)
+    assert len(set(answer.ids)) > 3
+
+
 def test_tokens_are_drawn_with_their_probabilities():
     probabilities = np.array([0.5, 0.3, 0.1, 0.06, 0.04])
     keys = jax.random.split(jax.random.key(0), 20_000)

@@ -96,12 +96,12 @@ def test_large_scores_do_not_overflow():
 
 
 def test_bfloat16_keeps_the_softmax_in_float32():
-    q, k, v = (x.astype(jnp.bfloat16) for x in make_qkv(1, 512, 2, 2, head_dim=16))
-    rows = pack_rows([512], length=512)
-    out = reference(q, k, v, rows)
+    q, k, v = (x.astype(jnp.bfloat16) for x in make_qkv(1, 64, 2, 2, head_dim=16))
+    rows = pack_rows([64], length=64)
+    out = reference(8 * q, k, v, rows)  # scores of about 8, where bfloat16 is off by 0.03
     assert out.dtype == jnp.bfloat16
-    expected = attend_slowly(*(x.astype(jnp.float32) for x in (q, k, v)), rows, rows)
-    np.testing.assert_allclose(out.astype(jnp.float32), expected, atol=0.02)
+    expected = attend_slowly(*(x.astype(jnp.float32) for x in (8 * q, k, v)), rows, rows)
+    assert np.linalg.norm(out.astype(jnp.float32) - expected) / np.linalg.norm(expected) < 5e-3
 
 
 def test_unknown_kernel_is_refused():

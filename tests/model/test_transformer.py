@@ -189,14 +189,13 @@ def test_cached_decoding_equals_the_whole_row(params, split):
     prompt = 6 - sum(split)
     lengths = jnp.array([prompt, 1])  # the second row's prompt is shorter, and padded
     at = jnp.broadcast_to(jnp.arange(prompt), (2, prompt))
-    real = (at < lengths[:, None]).astype(jnp.int32)
-    hidden, cache = step(inputs[:, :prompt], at, real, empty_cache(CONFIG, 2, 8, jnp.float64))
+    hidden, cache = step(inputs[:, :prompt], at, empty_cache(CONFIG, 2, 8, jnp.float64))
     np.testing.assert_allclose(hidden[0], expected[0, :prompt], rtol=1e-9)
     np.testing.assert_allclose(hidden[1, 0], expected[1, 0], rtol=1e-9)
     for count in split:
         at = lengths[:, None] + jnp.arange(count)[None]
-        real = (at < jnp.array([[6], [4]])).astype(jnp.int32)
-        hidden, cache = step(jnp.take_along_axis(inputs, jnp.minimum(at, 5), axis=1), at, real, cache)
+        real = at < jnp.array([[6], [4]])
+        hidden, cache = step(jnp.take_along_axis(inputs, jnp.minimum(at, 5), axis=1), at, cache)
         for row, column in np.argwhere(real):
             np.testing.assert_allclose(hidden[row, column], expected[row, at[row, column]], rtol=1e-9)
         lengths = lengths + real.sum(axis=1)
