@@ -1,6 +1,7 @@
 """argv -> Config, and an error -> one message on stderr and the exit status that datatypes.py gives it."""
 
 import argparse
+import difflib
 import importlib.util
 import json
 import logging
@@ -63,7 +64,10 @@ def read_config(args: Sequence[str]) -> Config:
         )
     values, argv = flags.FlagValues(), ["sft_jax", *rest]
     try:
-        config_flags.DEFINE_config_dict("config", _load_config_dict(path), flag_values=values, sys_argv=argv)
+        loaded = _load_config_dict(path)
+        for arg in rest:
+            _check_override(loaded, arg)
+        config_flags.DEFINE_config_dict("config", loaded, flag_values=values, sys_argv=argv)
         left = values(argv)[1:]
     except flags.Error as error:
         raise ConfigError(str(error)) from error
@@ -72,6 +76,20 @@ def read_config(args: Sequence[str]) -> Config:
     if left:
         raise ConfigError(f"{left[0]}: is not an option. Options begin with --config.")
     return from_config_dict(values["config"].value)
+
+
+def _check_override(config: ml_collections.ConfigDict, arg: str) -> None:
+    """`--config.a.b[0].c=value` must name a field that is there."""
+    name = arg.split("=")[0].removeprefix("--")
+    keys = [key.split("[")[0] for key in name.split(".")[1:]]
+    section = config
+    for depth, key in enumerate(keys):
+        if not isinstance(section, ml_collections.ConfigDict) or not section.is_locked:
+            return  # an item of a list, or a free key
+        if key not in section:
+            close = difflib.get_close_matches(key, section.keys(), n=1) or [", ".join(section.keys())]
+            raise ConfigError(f"--{name}: {'.'.join(['config', *keys[:depth]])} has no {key}. Did you mean {close[0]}?")
+        section = section[key]
 
 
 def _load_config_dict(path: str) -> ml_collections.ConfigDict:

@@ -190,6 +190,9 @@ def validate(config: Config) -> list[str]:
             require(bool(source.path), f"{path}.path", "is empty. Name a .jsonl file.")
             require(source.format in _SOURCE_FORMATS, f"{path}.format", f"is {source.format!r}; expected {formats}.")
             require(names[i] not in names[:i], f"{path}.name", f"{names[i]!r} is used twice. Name each source.")
+    roles = ("system", "user", "assistant", "tool")
+    for name, role in data.role_map.items():
+        require(role in roles, f"data.role_map.{name}", f"is {role!r}; expected one of {', '.join(roles)}.")
     eval_names = ["", *(source_name(source) for source in data.eval)]
     for path in ("evaluation.stop_by", "checkpoint.best_by"):
         require(get(path) in eval_names, path, f"is {get(path)!r}; no set in data.eval has that name.")

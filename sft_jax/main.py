@@ -11,7 +11,7 @@ import jax
 from etils import epath
 from rich.console import Console
 
-from sft_jax.checkpoint.hf import export_pretrained
+from sft_jax.checkpoint.hf import check_export_target, export_pretrained
 from sft_jax.checkpoint.manager import CheckpointManager
 from sft_jax.command_line import config_parser, parse_config, run_command
 from sft_jax.config import warnings_for
@@ -60,6 +60,8 @@ def run(config: Config, console: Console | None = None) -> epath.Path:
     evaluators = open_evaluators(placed, renderer)
 
     run_dir = epath.Path(config.run.dir).expanduser()
+    if config.checkpoint.export:
+        check_export_target(run_dir / "export")
     if jax.process_index() == 0:
         write_run_files(run_dir, config, data)
         describe_run(console, placed, data, renderer)
@@ -111,7 +113,7 @@ def jit_train_step(placed: ModelOnMesh, data: PackedDataset) -> jax.stages.Wrapp
     return jax.jit(step, donate_argnums=0, out_shardings=(state_shardings, replicated(placed.mesh)))
 
 
-def train_flops_per_token(model: TransformerConfig, length: int) -> float:
+def train_flops_per_token(model: TransformerConfig, length: int) -> int:
     """Forward and backward matmul FLOPs per token: 6 per parameter that multiplies, and causal attention over rows of
     `length`. Source: PaLM (arXiv:2204.02311), appendix B, with half of the attention square."""
     embedding = 0 if model.tie_embeddings else model.vocab_size * model.embed_dim

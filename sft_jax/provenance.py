@@ -13,7 +13,7 @@ from sft_jax.config_schema import Config
 
 _LIBRARIES = (
     "sft_jax", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "ml_collections", "numpy",
-    "sentencepiece", "tokenizers", "jinja2", "safetensors",
+    "sentencepiece", "tokenizers", "jinja2",
 )  # fmt: skip
 
 

@@ -53,6 +53,7 @@ def test_defaults_convert():
         ),
         ("data.train", [dict(pth="a.jsonl")], "config.data.train[0].pth: no such field. Did you mean"),
         ("data.train", [], "config.data.train: is empty"),
+        ("data.role_map", dict(gpt="model"), "config.data.role_map.gpt: is 'model'; expected one of system"),
     ],
 )
 def test_refuses(path, value, message):

@@ -47,7 +47,7 @@ class StepMeter:
       flops_per_token: forward and backward, for `mfu`, which is given where the device's peak is known.
     """
 
-    def __init__(self, source_names: Sequence[str], flops_per_token: float) -> None:
+    def __init__(self, source_names: Sequence[str], flops_per_token: int) -> None:
         self._names = source_names
         self._flops_per_token = flops_per_token
         self._peak = PEAK_FLOPS.get(jax.devices()[0].device_kind, 0.0) * jax.device_count()
