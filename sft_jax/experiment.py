@@ -7,7 +7,7 @@ from functools import cached_property
 import jax
 import optax
 from etils import epath
-from jax.sharding import Mesh, NamedSharding
+from jax.sharding import AbstractMesh, Mesh, NamedSharding
 
 from sft_jax.checkpoint.hf import load_pretrained, read_config
 from sft_jax.checkpoint.manager import CheckpointManager
@@ -63,7 +63,7 @@ def open_eval_data(config: Config, renderer: Renderer) -> dict[str, PackedDatase
     return {data.source_names[0]: data for data in sets}
 
 
-def place_batches(data: PackedDataset, mesh: Mesh, batch_size: int) -> Callable[..., Iterator[Batch]]:
+def place_batches(data: PackedDataset, mesh: Mesh | AbstractMesh, batch_size: int) -> Callable[..., Iterator[Batch]]:
     """First step (0) -> that batch on the mesh, and all after it."""
 
     def batches(start_step: int = 0) -> Iterator[Batch]:
@@ -104,7 +104,7 @@ class ModelOnMesh:
 
     config: Config
     model: TransformerConfig
-    mesh: Mesh
+    mesh: Mesh | AbstractMesh
     shardings: dict[str, NamedSharding]
 
     @cached_property

@@ -146,7 +146,7 @@ def replicated(mesh: Mesh | AbstractMesh) -> NamedSharding:
     return NamedSharding(mesh, PartitionSpec())
 
 
-def place_batch(batch: HostBatch, mesh: Mesh, batch_size: int) -> Batch:
+def place_batch(batch: HostBatch, mesh: Mesh | AbstractMesh, batch_size: int) -> Batch:
     """This process's rows of a global batch of `batch_size` rows -> arrays over the mesh. Moves only local rows."""
     local = len(batch.inputs)
     first = batch.step * batch_size + jax.process_index() * local
