@@ -50,7 +50,7 @@ def main(args: list[str]) -> int:
         compute_dtype=options.dtype,
     )
     for answer in answers:
-        text = model.renderer.tokenizer.decode(answer.ids)
+        text = model.renderer.tokenizer.decode(answer.ids, continuation=True)
         print(json.dumps({"text": text, "stopped": answer.stopped, "ids": list(answer.ids)}) if options.json else text)
     return 0
 

@@ -17,10 +17,11 @@ def preview_row(row: PackedRow, tokenizer: Tokenizer) -> Text:
         ids = np.concatenate([row.inputs[at[:1]], row.targets[at]])
         weights = np.concatenate([[0.0], row.loss_weights[at]])  # the first token is never a target
         text.append(f"[{segment}] {origin}  {len(at)} tokens, {np.count_nonzero(weights)} supervised\n", "cyan")
-        borders = np.flatnonzero(np.diff(weights)) + 1
-        for span, weight in zip(np.split(ids, borders), weights[np.concatenate([[0], borders])], strict=True):
+        starts = np.concatenate([[0], np.flatnonzero(np.diff(weights)) + 1])
+        for start, span in zip(starts, np.split(ids, starts[1:]), strict=True):
+            weight = weights[start]
             style = CONTEXT if weight == 0 else SUPERVISED if weight == 1 else PARTLY
-            text.append(tokenizer.decode(span.tolist()), style)
+            text.append(tokenizer.decode(span.tolist(), continuation=start > 0), style)
         text.append("\n")
     padding = int(np.count_nonzero(row.segment_ids == 0))
     return text.append(f"{padding} tokens of padding", "cyan") if padding else text
