@@ -21,7 +21,7 @@ def preview_row(row: PackedRow, tokenizer: Tokenizer) -> Text:
         for start, span in zip(starts, np.split(ids, starts[1:]), strict=True):
             weight = weights[start]
             style = CONTEXT if weight == 0 else SUPERVISED if weight == 1 else PARTLY
-            text.append(tokenizer.decode(span.tolist(), continuation=start > 0), style)
+            text.append(tokenizer.decode(span.tolist(), continuation=bool(start)), style)
         text.append("\n")
     padding = int(np.count_nonzero(row.segment_ids == 0))
     return text.append(f"{padding} tokens of padding", "cyan") if padding else text
