@@ -146,7 +146,7 @@ class ProgressReporter:
         if self._bar:
             self._bar.update(self._task, completed=step, text=text)
         elif self._speaks:
-            self._console.print(f"step {step}/{self._num_steps}  {text}", highlight=False)
+            self._console.print(f"step {step}/{self._num_steps}  {text}", highlight=False, soft_wrap=True)
 
     def close(self) -> None:
         if self._bar:

@@ -4,6 +4,7 @@ import json
 import shutil
 from pathlib import Path
 
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from safetensors.numpy import load_file
@@ -101,8 +102,8 @@ def test_export_has_the_same_logits_in_transformers(trained):
     from sft_jax.datatypes import Message
 
     assert ids == ours.renderer.prompt_ids([Message("user", "What is a dog?")])
-    row = np.array([ids], np.int32)
-    positions, segments = np.arange(len(ids), dtype=np.int32)[None], np.ones_like(row)
+    row = jnp.asarray([ids])
+    positions, segments = jnp.arange(len(ids))[None], jnp.ones_like(row)
     hidden = forward(
         ours.params, ours.config, row, positions, segments, compute_dtype="float32", remat="none", attention="reference"
     )
