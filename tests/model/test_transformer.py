@@ -92,10 +92,12 @@ def test_packed_equals_separate(params):
     def packed(params):
         return jnp.sum((forward(params, *PACKED) * weights)[:, :7])
 
-    def separate(params):
-        first = forward(params, *(field[:, :4] for field in PACKED))
-        second = forward(params, *(field[:, 4:7] for field in PACKED))
-        return jnp.sum(first * weights[:, :4]) + jnp.sum(second * weights[:, 4:7])
+    def separate(params):  # each example in a row of its own, padded
+        first = [field.at[:, 4:].set(0) for field in PACKED]
+        second = [jnp.roll(field, -4, axis=1).at[:, 3:].set(0) for field in PACKED]
+        rows = [jnp.concatenate(pair) for pair in zip(first, second, strict=True)]
+        hidden = forward(params, *rows)
+        return jnp.sum(hidden[:1, :4] * weights[:, :4]) + jnp.sum(hidden[1:, :3] * weights[:, 4:7])
 
     (value, grads), (other_value, other_grads) = (value_and_grad(loss, params) for loss in (packed, separate))
     assert value == pytest.approx(other_value, rel=1e-9)
