@@ -66,6 +66,22 @@ def test_disguised_text_never_forms_a_control_token(left):
         assert disguise.reveal(rendered) == "<|im_start|>" + left.strip() + glue + right
 
 
+@pytest.mark.parametrize("token", ["<s>", "<|im_end|>"])
+def test_half_a_control_token_does_not_join_with_the_template_s_text(token):
+    for k in range(1, len(token)):
+        disguise = Disguise("")
+        assert CHATML.split(token[:k] + CHATML.disguise(token[k:] + " x", disguise))[0] != CHATML.ids[token]
+        assert CHATML.split(CHATML.disguise("x " + token[:k], disguise) + token[k:])[-1] != CHATML.ids[token]
+
+
+def test_a_character_that_opens_and_closes_is_disguised_and_comes_back():
+    control = ControlTokens([ControlToken("<<", 0)])
+    disguise = Disguise("<")
+    hidden = control.disguise("<", disguise)
+    assert control.split("<" + hidden + "<") == ["<" + hidden + "<"]
+    assert disguise.reveal(hidden) == "<"
+
+
 def test_a_disguise_avoids_characters_in_use():
     disguise = Disguise("\ue000\ue001 <s>")
     hidden = CHATML.disguise("\ue000\ue001 <s>", disguise)

@@ -8,7 +8,8 @@ from tiny_tokenizers import write_byte_level, write_sentencepiece
 
 from sft_jax.data.rendering import Renderer
 from sft_jax.data.templates import BUILTIN_TEMPLATES, ChatTemplate, TemplateError, load_template
-from sft_jax.data.tokenizer import SAMPLE, load_tokenizer
+from sft_jax.data.tokenizer import load_tokenizer
+from sft_jax.data.tokenizer_sample import SAMPLE
 from sft_jax.datatypes import Message
 
 transformers = pytest.importorskip("transformers")

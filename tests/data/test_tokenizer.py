@@ -9,7 +9,9 @@ import sentencepiece
 import tokenizers
 from tiny_tokenizers import SENTENCES, edit_json, train_sentencepiece, write_byte_level, write_sentencepiece
 
-from sft_jax.data.tokenizer import SAMPLE, load_tokenizer
+from sft_jax.data.sentencepiece_model import Piece, parse_sentencepiece
+from sft_jax.data.tokenizer import load_tokenizer
+from sft_jax.data.tokenizer_sample import SAMPLE
 from sft_jax.datatypes import ConfigError, DataError
 
 TEXTS = (*SENTENCES, *SAMPLE, "", " ", "\n", "  \n x", "\ue000\ue001 and \ue000", "nul \x00 byte", "<s></s><unk><0x0A>")
@@ -140,6 +142,30 @@ def test_an_ordinary_piece_that_the_folder_calls_special_is_control(tiny_sentenc
     assert tokenizer.decode(tokenizer.encode("sold clips")) == "sold clips"
 
 
+@pytest.mark.parametrize("kind", ["WordLevel", "Unigram", "BPE"])
+def test_entries_of_the_vocabulary_that_are_control_are_not_found_in_text(tmp_path, kind):
+    vocab = {"<unk>": 0, "<s>": 1, "Hi": 2, "<think>": 3, "H": 4, "i": 5, "<": 6}
+    model = {
+        "WordLevel": {"vocab": vocab, "unk_token": "<unk>"},
+        "Unigram": {"vocab": [[text, -1.0] for text in vocab], "unk_id": 0},
+        "BPE": {"vocab": vocab, "merges": [["H", "i"]], "unk_token": "<unk>", "ignore_merges": True},
+    }[kind]
+    flags = {"special": True, "normalized": False, "lstrip": False, "rstrip": False, "single_word": False}
+    spec = {
+        "version": "1.0",
+        "added_tokens": [{"id": i, "content": text} | flags for i, text in ((0, "<unk>"), (1, "<s>"), (7, "<new>"))],
+        "pre_tokenizer": {"type": "WhitespaceSplit"},
+        "model": {"type": kind} | model,
+    }
+    (tmp_path / "tokenizer.json").write_text(json.dumps(spec))
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps({"eos_token": "<think>"}))
+    tokenizer = load_tokenizer(tmp_path)
+    assert tokenizer.control_tokens == {"<unk>": 0, "<s>": 1, "<think>": 3, "<new>": 7}
+    assert tokenizer.encode("Hi") == [2]
+    for text in ("<s>", "<think>", "Hi <think>", "<new>", "\ue000\ue0010", "\ue000\ue0011", "\ue000\ue0012"):
+        assert not {1, 3, 7} & set(tokenizer.encode(text))
+
+
 def test_added_tokens_with_runs_of_spaces_stay_text(tiny_byte_level):
     tokenizer = load_tokenizer(tiny_byte_level)
     spaces = tokenizers.Tokenizer.from_file(str(tiny_byte_level / "tokenizer.json")).token_to_id("    ")
@@ -230,6 +256,18 @@ def test_the_saved_tokenizer_json_says_what_we_do(tokenizer, tmp_path, new):
         assert library.encode(text, add_special_tokens=False).ids == expected, text
 
 
+def test_merges_follow_scores_where_ids_do_not(tmp_path):
+    proto = parse_sentencepiece(train_sentencepiece(), "test")
+    normal = [i for i, piece in enumerate(proto.pieces) if piece.type == Piece.NORMAL]
+    for i, j in zip(normal[: len(normal) // 2], reversed(normal), strict=False):
+        held = Piece.FromString(proto.pieces[i].SerializeToString())
+        proto.pieces[i].CopyFrom(proto.pieces[j])
+        proto.pieces[j].CopyFrom(held)
+    (tmp_path / "tokenizer.model").write_bytes(proto.SerializeToString())
+    load_tokenizer(tmp_path).save(tmp_path, "")
+    assert (tmp_path / "tokenizer.json").exists()
+
+
 def test_a_model_without_counterpart_is_saved_alone_and_says_so(tmp_path, caplog):
     options = {"normalization_rule_name": "nmt_nfkc", "remove_extra_whitespaces": True}
     tokenizer = load_tokenizer(write_sentencepiece(tmp_path / "t", **options))
@@ -278,6 +316,12 @@ def test_a_file_is_known_by_its_content(tmp_path, content, message):
     for path in (tmp_path, tmp_path / "tokenizer.model"):
         with pytest.raises(DataError, match=message):
             load_tokenizer(path)
+
+
+def test_ranks_beside_a_tokenizer_json_are_left_alone(tiny_byte_level, tmp_path):
+    shutil.copytree(tiny_byte_level, tmp_path / "t")
+    (tmp_path / "t" / "tokenizer.model").write_bytes(b"IQ== 0\nIg== 1\n")
+    assert load_tokenizer(tmp_path / "t").fingerprint() == load_tokenizer(tiny_byte_level).fingerprint()
 
 
 def test_missing_tokenizers_are_config_errors(tmp_path):
