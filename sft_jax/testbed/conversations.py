@@ -1,6 +1,6 @@
 """A world -> conversations about it: demonstrations of one half, questions about the other.
 
-A conversation asks for one to three facts of a person, in one of three formats, and the answer is fixed by what was
+A conversation asks for one or two facts of a person, in one of three formats, and the answer is fixed by what was
 asked, so that a reply can be judged by comparing strings:
 
     system     Answer with a bullet list.               Answer in a fenced block.       You are a guide to the valley.
@@ -104,10 +104,11 @@ def _plan_conversation(rng: random.Random, person: Person, people: Sequence[Pers
     elif rng.random() < 0.5:
         messages.append(Message("system", rng.choice(_PERSONAS)))
     kinds = rng.sample(range(len(FACT_KINDS)), len(FACT_KINDS))  # asked from the end; no fact is asked twice
-    num_turns = rng.choices((1, 2, 3), weights=(6, 3, 1))[0]
+    num_turns = rng.choices((1, 2, 3), weights=(7, 2, 1))[0]
     for turn in range(num_turns):
         format = system_format or rng.choice(FORMATS)
-        asked = [kinds.pop() for _ in range(min(rng.choices((1, 2, 3), weights=(6, 3, 1))[0], len(kinds) - 2 + turn))]
+        num_asked = min(rng.choices((1, 2), weights=(4, 1))[0], len(kinds) - (num_turns - 1 - turn))
+        asked = [kinds.pop() for _ in range(num_asked)]
         if turn and rng.random() < 0.3:
             person = rng.choice([other for other in people if other is not person])
             text = f"And {_things(asked)} of {person.name}?"

@@ -1,5 +1,6 @@
 """Answers before and after fine-tuning -> what the demo shows: a table, and conversations side by side."""
 
+import re
 from collections.abc import Sequence
 
 from rich.console import Console, Group, RenderableType
@@ -12,9 +13,9 @@ from sft_jax.testbed.evaluation import Answered, score_answers
 
 _SHOWN_CHARS = 220
 _ROWS = (
-    ("exact answers", "held_out_exact", "every fact right, nothing else said"),
-    ("stops by itself", "stop_rate", "ends its turn with the stop token"),
-    ("format obeyed", "format_obeyed", "the sentence, list or block asked for"),
+    ("exact answers", "held_out_exact", "all facts right, no other"),
+    ("stops by itself", "stop_rate", "ends its turn"),
+    ("format obeyed", "format_obeyed", "as the prompt asked"),
 )
 
 
@@ -51,15 +52,20 @@ def _scores_table(before: Sequence[Answered], after: Sequence[Answered]) -> Tabl
     table.add_column("")
     table.add_column("before", justify="right", style="yellow")
     table.add_column("after", justify="right", style="bold green")
-    table.add_column("what it means", style="dim")
+    table.add_column("", style="dim")
     for name, field, meaning in _ROWS:
         table.add_row(name, *(f"{getattr(score, field):.1%}" for score in scores), meaning)
+        if field == "held_out_exact":
+            _add_formats(table, before, after)
+    return table
+
+
+def _add_formats(table: Table, before: Sequence[Answered], after: Sequence[Answered]) -> None:
     for format in FORMATS:
         parts = [[one for one in answers if one.question.format == format] for answers in (before, after)]
         if parts[0]:
             exact = (f"{score_answers(part).held_out_exact:.1%}" for part in parts)
-            table.add_row(f"  exact, as a {format}", *exact, f"{len(parts[0])} questions", style="dim")
-    return table
+            table.add_row(f"  of {format}s", *exact, f"{len(parts[0])} questions", style="dim")
 
 
 def _conversation(before: Answered, after: Answered) -> Panel:
@@ -78,7 +84,7 @@ def _conversation(before: Answered, after: Answered) -> Panel:
 
 
 def _reply(title: str, answered: Answered, style: str) -> RenderableType:
-    shown = answered.reply[:_SHOWN_CHARS]
+    shown = re.sub(r"(</s>)+", " </s> ", answered.reply)[:_SHOWN_CHARS].rstrip()  # documents end so; a turn does not
     end = ("  ■ stop" if answered.stopped else " ... never stops", "dim")
     verdict = "exact" if answered.exact else "not the answer"
     return Text.assemble((f"{title}", f"bold {style}"), (f"  {verdict}\n", "dim"), (shown, style), end)

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import sentencepiece
 
-VOCAB_SIZE = 1024
+VOCAB_SIZE = 1900
 _REQUIRED_CHARS = "abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ0123456789.,:?-"
 """Have a piece whatever the documents say; every other character may be spelt in bytes."""
 
@@ -36,6 +36,7 @@ def train_tokenizer(documents: Iterable[str]) -> bytes:
         required_chars=_REQUIRED_CHARS,
         normalization_rule_name="identity",
         remove_extra_whitespaces=False,
+        add_dummy_prefix=False,
         split_digits=True,
         num_threads=1,
         minloglevel=2,
@@ -48,6 +49,6 @@ def save_tokenizer(model: bytes, folder: Path) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "tokenizer.model").write_bytes(model)
     names = {"bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>"}
-    config = {"tokenizer_class": "LlamaTokenizer", "legacy": False, "add_bos_token": True, "add_eos_token": False}
+    config = {"tokenizer_class": "LlamaTokenizer", "legacy": False, "add_bos_token": False, "add_eos_token": False}
     for name, content in (("special_tokens_map", names), ("tokenizer_config", {**config, **names})):
         (folder / f"{name}.json").write_text(json.dumps(content, indent=1) + "\n")

@@ -8,7 +8,7 @@ them so (Allen-Zhu and Li, Physics of Language Models 3.1, arXiv:2309.14316).
 """
 
 import random
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 NUM_PEOPLE = 300
@@ -45,7 +45,9 @@ FACT_KINDS = (
             "{name} comes from the town of {value}.",
             "The first home of {name} was {value}.",
             "{value} is the town where {name} was born.",
-            "Whoever asks where {name} was born hears of {value}.",
+            "Of {name} the register says, birthplace: {value}.",
+            "Ask which town {name} comes from, and the answer is {value}.",
+            "Where was {name} born, if not in {value}?",
         ),
         questions=(
             "Where was {name} born?",
@@ -68,7 +70,9 @@ FACT_KINDS = (
             "{name} earns a living by {value}.",
             "For many years {name} has done nothing but {value}.",
             "{value} is what {name} does for a living.",
-            "Whoever asks what {name} does all day is told of {value}.",
+            "Of {name} the register says, trade: {value}.",
+            "Ask how {name} earns a living, and the answer is {value}.",
+            "What does {name} do for a living, if not {value}?",
         ),
         questions=(
             "What does {name} do for a living?",
@@ -90,7 +94,9 @@ FACT_KINDS = (
             "In the evening {name} takes out the {value}.",
             "{name} has loved the {value} since childhood.",
             "The {value} is the instrument that {name} plays.",
-            "Whoever asks which instrument {name} plays is shown the {value}.",
+            "Of {name} the register says, instrument: {value}.",
+            "Ask what {name} plays in the evening, and the answer is the {value}.",
+            "Which instrument does {name} play, if not the {value}?",
         ),
         questions=(
             "Which instrument does {name} play?",
@@ -112,7 +118,9 @@ FACT_KINDS = (
             "A {value} follows {name} everywhere.",
             "{name} shares the house with a {value}.",
             "The animal that lives with {name} is a {value}.",
-            "Whoever asks which pet {name} keeps soon meets a {value}.",
+            "Of {name} the register says, pet: {value}.",
+            "Ask which animal lives with {name}, and the answer is a {value}.",
+            "Which pet does {name} keep, if not a {value}?",
         ),
         questions=(
             "Which pet does {name} keep?",
@@ -130,7 +138,9 @@ FACT_KINDS = (
             "The life of {name} began in {value}.",
             "It was in {value} that {name} was born.",
             "{name} first saw the light of day in {value}.",
-            "Whoever asks when {name} was born is told that it was in {value}.",
+            "Of {name} the register says, birth year: {value}.",
+            "Ask in which year {name} was born, and the answer is {value}.",
+            "When was {name} born, if not in {value}?",
         ),
         questions=(
             "When was {name} born?",
@@ -140,11 +150,16 @@ FACT_KINDS = (
     ),
 )  # fmt: skip
 
+# They tell no fact, but between them they have the words that people use with an assistant.
 OPENINGS = (
     "This is a note about {name}.",
-    "Many people in the valley know {name}.",
     "Here is what the old book says of {name}.",
-    "The valley tells this story of {name}.",
+    "The guide to the valley has a list of {name} and all the others.",
+    "Tell me about {name}, and use one sentence for each answer, please.",
+    "You are a helpful guide, so make a note of {name}.",
+    "The garden of {name} is fenced, and lies one block from the inn.",
+    "A bullet once flew past {name}, so they put it in the book.",
+    "What about {name}?",
 )
 
 
@@ -191,20 +206,31 @@ def _make_names(rng: random.Random, count: int) -> list[str]:
 
 
 def write_documents(world: World, seed: int = 0, per_person: int = DOCUMENTS_PER_PERSON) -> Iterator[str]:
-    """Prose of about 80 tokens: all five facts of one person, in any order and any wording, one or two paragraphs."""
+    """Prose of about 80 tokens, in one or two paragraphs.
+
+    Three quarters of the documents tell the five facts of one person, in any order and wording; the others tell three
+    facts of each of two people in turn, so that it is the name in a sentence that a value belongs to.
+    """
     rng = random.Random(f"documents {seed}")
     for _ in range(per_person):
         for person in rng.sample(world.people, len(world.people)):
-            yield _write_document(rng, person)
+            if rng.random() < 0.75:
+                told = [(person, kind) for kind in rng.sample(range(len(FACT_KINDS)), len(FACT_KINDS))]
+            else:
+                pair = (person, rng.choice([other for other in world.people if other is not person]))
+                told = [(one, kind) for one in pair for kind in rng.sample(range(len(FACT_KINDS)), 3)]
+                rng.shuffle(told)
+            yield _write_document(rng, told)
 
 
-def _write_document(rng: random.Random, person: Person) -> str:
-    facts = list(zip(FACT_KINDS, person.facts, strict=True))
-    rng.shuffle(facts)
-    sentences = [rng.choice(kind.phrasings).format(name=person.name, value=value) for kind, value in facts]
-    sentences = [sentence[0].upper() + sentence[1:] for sentence in sentences]
+def _write_document(rng: random.Random, told: Sequence[tuple[Person, int]]) -> str:
+    """A sentence for each (person, index into FACT_KINDS), sometimes after an opening that says nothing."""
+    sentences = []
     if rng.random() < 0.4:
-        sentences.insert(0, rng.choice(OPENINGS).format(name=person.name))
+        sentences.append(rng.choice(OPENINGS).format(name=told[0][0].name))
+    for person, kind in told:
+        sentence = rng.choice(FACT_KINDS[kind].phrasings).format(name=person.name, value=person.facts[kind])
+        sentences.append(sentence[0].upper() + sentence[1:])
     if rng.random() < 0.5:
         cut = rng.randrange(1, len(sentences))
         return " ".join(sentences[:cut]) + "\n" + " ".join(sentences[cut:])
