@@ -28,7 +28,7 @@ def get_config():
     config.data.max_seq_len = 256
     config.batch.batch_size = 8
     config.optimizer.learning_rate = 1e-3  # a tiny model bears a large one
-    # The output rows of people whom no demonstration names get tiny gradients, all of one sign. With its default epsilon
+    # The output rows of people whom no demonstration names get tiny gradients, all of one sign. With its usual epsilon
     # Adam would step those rows as far as any other, and the model would forget how to say their names.
     config.optimizer.eps = 3e-5
     config.schedule.num_epochs = 5
