@@ -121,6 +121,7 @@ class Renderer:
         turns = [i for i, message in enumerate(messages) if message.role == "assistant"]
         if not turns:
             raise RowError("no_assistant_turn", origin, "has no assistant turn to train on. Add one, or drop the row.")
+        self.counts["disguised"] += disguise is not None
         examples: list[_Example] = []
         for i in turns:
             prompt, completion, epilogue = self._render_turn(messages, i, origin)
@@ -201,7 +202,6 @@ class Renderer:
         control = self.tokenizer.control
         if not any(control.may_form_in(message.content) for message in messages):
             return messages, None
-        self.counts["disguised"] += 1
         disguise = Disguise(self.template.text + "".join(message.content for message in messages))
         return [Message(m.role, control.disguise(m.content, disguise)) for m in messages], disguise
 

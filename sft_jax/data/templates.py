@@ -1,7 +1,8 @@
 """Messages -> text, by a chat template in Jinja, exactly as transformers' `apply_chat_template` renders it.
 
 A template comes from a name (chatml, llama2, llama3, plain), from a file, or from the tokenizer's own folder. Its text
-is exported with the trained model as it stands, so that what was trained is what serves.
+is exported with the trained model, headed by defaults for the variables that it was trained with
+(`{% if enable_thinking is not defined %}{% set enable_thinking = false %}...`): what was trained is what serves.
 """
 
 import difflib
@@ -18,11 +19,12 @@ import jinja2.parser
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
 from sft_jax.data.tokenizer import Tokenizer
+from sft_jax.data.tokenizer_files import SPECIAL_ROLES
 from sft_jax.datatypes import ConfigError, DataError, Message
 
 BUILTIN_TEMPLATES = ("chatml", "llama2", "llama3", "plain")
 _BUILTIN_DIR = Path(__file__).parent / "chat_templates"
-_RESERVED = ("messages", "add_generation_prompt", "tools", "documents")
+_RESERVED = ("messages", "add_generation_prompt", "tools", "documents", *SPECIAL_ROLES)
 
 
 class TemplateError(DataError):
@@ -34,17 +36,20 @@ class ChatTemplate:
 
     Attributes:
       name: as messages call it: a built-in name, a path, or the tokenizer's folder.
-      text: the Jinja text; empty where there is no template, and then `render` refuses.
+      text: the Jinja text to export; empty where there is no template, and then `render` refuses.
       reads_clock: whether a rendering has asked for today's date (`strftime_now`) with no date given as `now`.
     """
 
     def __init__(self, name: str, text: str, variables: Mapping[str, Any], kwargs: Mapping[str, Any]):
-        """`variables` are the tokenizer's (`bos_token`, ...), `kwargs` the user's, which win."""
+        """`variables` are the tokenizer's (`bos_token`, ...), `kwargs` the user's.
+
+        Raises:
+          ConfigError: a syntax error, or a `now` that is no ISO date.
+        """
         self.name = name
-        self.text = text
         self.kwargs = dict(kwargs)
         self.reads_clock = False
-        self._now = kwargs.get("now")
+        self._now = _read_date(kwargs["now"]) if "now" in kwargs else None
         environment = ImmutableSandboxedEnvironment(
             trim_blocks=True, lstrip_blocks=True, extensions=[_GenerationBlock, jinja2.ext.loopcontrols]
         )
@@ -52,11 +57,13 @@ class ChatTemplate:
         environment.globals |= {"raise_exception": _raise_exception, "strftime_now": self._strftime_now}
         self._variables = {**environment.globals, "tools": None, "documents": None, **variables, **kwargs}
         try:
-            self._template = environment.from_string(text)
+            environment.parse(text)
         except jinja2.TemplateSyntaxError as error:
             raise ConfigError(
                 f"config.data.chat_template: {name}, line {error.lineno}: {error.message}. Mend the template."
             ) from error
+        self.text = _default_variables(kwargs) + text if text else ""
+        self._template = environment.from_string(self.text)
 
     def render(self, messages: Sequence[Message], add_generation_prompt: bool) -> str:
         """The text of a conversation.
@@ -90,7 +97,7 @@ class ChatTemplate:
 
     def _strftime_now(self, pattern: str) -> str:
         self.reads_clock |= self._now is None
-        return (datetime.now() if self._now is None else datetime.fromisoformat(self._now)).strftime(pattern)
+        return (self._now or datetime.now()).strftime(pattern)
 
 
 def load_template(chat_template: str, tokenizer: Tokenizer, kwargs: Mapping[str, Any]) -> ChatTemplate:
@@ -102,7 +109,7 @@ def load_template(chat_template: str, tokenizer: Tokenizer, kwargs: Mapping[str,
       kwargs: variables of the template, such as `enable_thinking`; `now`, an ISO date, is what `strftime_now` formats.
 
     Raises:
-      ConfigError: no such file, a syntax error, or a reserved name in `kwargs`.
+      ConfigError: no such file, a syntax error, or a name or value in `kwargs` that cannot be.
     """
     for name in kwargs:
         if name in _RESERVED:
@@ -123,6 +130,39 @@ def load_template(chat_template: str, tokenizer: Tokenizer, kwargs: Mapping[str,
     if not text.strip():
         raise ConfigError(f"config.data.chat_template: {chat_template} is empty. Write a template into it.")
     return ChatTemplate(chat_template, text, tokenizer.special_tokens, kwargs)
+
+
+def _read_date(value: Any) -> datetime:
+    try:
+        return datetime.fromisoformat(value)
+    except (TypeError, ValueError) as error:
+        raise ConfigError(
+            f"config.data.chat_template_kwargs.now: is {value!r}; expected a date, 2026-01-31."
+        ) from error
+
+
+def _default_variables(kwargs: Mapping[str, Any]) -> str:
+    """Jinja that sets each variable where the server gives none; on a line of its own, so that it writes nothing."""
+    lines = (
+        f"{{%- if {name} is not defined -%}}{{%- set {name} = {_literal(name, value)} -%}}{{%- endif %}}\n"
+        for name, value in kwargs.items()
+        if name != "now"  # at serving, today is today
+    )
+    return "".join(lines)
+
+
+def _literal(name: str, value: Any) -> str:
+    """A JSON-like value as Jinja writes it."""
+    match value:
+        case None:
+            return "none"
+        case bool() | int() | float() | str():
+            return json.dumps(value)
+        case list() | tuple():
+            return f"[{', '.join(_literal(name, item) for item in value)}]"
+        case dict():
+            return f"{{{', '.join(f'{json.dumps(k)}: {_literal(name, v)}' for k, v in value.items())}}}"
+    raise ConfigError(f"config.data.chat_template_kwargs.{name}: is {value!r}; expected what JSON can hold.")
 
 
 class _GenerationBlock(jinja2.ext.Extension):

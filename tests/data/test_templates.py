@@ -112,12 +112,28 @@ def test_a_file(tokenizer, tmp_path):
 # --- Variables -------------------------------------------------------------------------------------------------------
 
 
-def test_kwargs_are_variables_and_win(tokenizer, tmp_path):
+def test_kwargs_are_variables(tokenizer, tmp_path):
     (tmp_path / "t.jinja").write_text("{{ bos_token }} {{ enable_thinking }}")
-    kwargs = {"enable_thinking": False, "bos_token": "B"}
-    assert load_template(str(tmp_path / "t.jinja"), tokenizer, kwargs).render([], False) == "B False"
-    with pytest.raises(ConfigError, match=r"chat_template_kwargs\.messages"):
-        load_template("chatml", tokenizer, {"messages": []})
+    assert (
+        load_template(str(tmp_path / "t.jinja"), tokenizer, {"enable_thinking": False}).render([], False) == "<s> False"
+    )
+    for name in ("messages", "bos_token"):
+        with pytest.raises(ConfigError, match=rf"chat_template_kwargs\.{name}: is set by us"):
+            load_template("chatml", tokenizer, {name: "x"})
+
+
+def test_the_exported_text_carries_the_kwargs_as_defaults():
+    values = {"a": False, "b": None, "c": 'q"\\\n{{é}}', "d": [1, -2.5, None], "e": {"k": True}, "f": "True"}
+    text = "  {% macro show() %}{{ [a, b, c, d, e, f] }}{% endmacro %}{{ show() }}{{ [a, b, c, d, e, f] }}\n\nend\n"
+    trained = template(text, **values)
+    served = template(trained.text)
+    assert served.render([], False) == trained.render([], False) == template(text, **values).render([], False)
+    assert repr(list(values.values())) in trained.render([], False)
+    assert trained.text.endswith(text)
+    assert template(trained.text, a=7).render([], False).count("[7, None") == 2  # the server may still choose
+    assert template(text).text == text
+    with pytest.raises(ConfigError, match=r"chat_template_kwargs\.x: is \{1\}; expected what JSON can hold"):
+        template(text, x={1})
 
 
 def test_tools_and_documents_are_none():
@@ -134,6 +150,8 @@ def test_the_clock():
     dated = template("{{ strftime_now('%d %b %Y') }}", now="2024-07-26")
     assert dated.render([], False) == "26 Jul 2024"
     assert not dated.reads_clock
+    with pytest.raises(ConfigError, match=r"kwargs\.now: is 'tomorrow'; expected a date"):
+        template("x", now="tomorrow")
     today = template("{{ strftime_now('%Y') }}")
     assert not today.reads_clock
     assert int(today.render([], False)) >= datetime.date.today().year - 1

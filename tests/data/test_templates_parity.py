@@ -78,6 +78,18 @@ def test_built_in_templates_render_alike(saved, kind):
     assert_renders_alike(renderer.template, tokenizer)
 
 
+def test_kwargs_of_the_training_are_the_server_s_defaults(saved):
+    _, tokenizer = saved["byte_level chatml"]
+    text = "{% if think %}<think>{% endif %}\n{% for m in messages %}{{ m.content + effort }}{% endfor %}"
+    trained = ChatTemplate("test", text, tokenizer.special_tokens_map, {"think": False, "effort": "lo\nw"})
+    for messages in itertools.islice(conversations(), 5):
+        asked = {"chat_template": trained.text, "tokenize": False}
+        assert trained.render(messages, False) == tokenizer.apply_chat_template(as_dicts(messages), **asked)
+        chosen = ChatTemplate("test", text, tokenizer.special_tokens_map, {"think": True, "effort": "lo\nw"})
+        served = tokenizer.apply_chat_template(as_dicts(messages), **asked, think=True)
+        assert chosen.render(messages, False) == served
+
+
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_saved_folder_serves_the_prompts_that_were_trained(saved, kind):
     renderer, tokenizer = saved[kind]

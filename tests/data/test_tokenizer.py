@@ -144,26 +144,32 @@ def test_an_ordinary_piece_that_the_folder_calls_special_is_control(tiny_sentenc
 
 @pytest.mark.parametrize("kind", ["WordLevel", "Unigram", "BPE"])
 def test_entries_of_the_vocabulary_that_are_control_are_not_found_in_text(tmp_path, kind):
-    vocab = {"<unk>": 0, "<s>": 1, "Hi": 2, "<think>": 3, "H": 4, "i": 5, "<": 6}
+    pieces = ("<unk>", "<s>", "Hi", "<think>", "H", "i", "<", "<s", "s", ">")
+    vocab = {piece: i for i, piece in enumerate(pieces)}
     model = {
         "WordLevel": {"vocab": vocab, "unk_token": "<unk>"},
         "Unigram": {"vocab": [[text, -1.0] for text in vocab], "unk_id": 0},
-        "BPE": {"vocab": vocab, "merges": [["H", "i"]], "unk_token": "<unk>", "ignore_merges": True},
+        "BPE": {
+            "vocab": vocab,
+            "merges": [["H", "i"], ["<", "s"], ["<s", ">"]],
+            "unk_token": "<unk>",
+            "ignore_merges": True,
+        },
     }[kind]
     flags = {"special": True, "normalized": False, "lstrip": False, "rstrip": False, "single_word": False}
     spec = {
         "version": "1.0",
-        "added_tokens": [{"id": i, "content": text} | flags for i, text in ((0, "<unk>"), (1, "<s>"), (7, "<new>"))],
+        "added_tokens": [{"id": i, "content": text} | flags for i, text in ((0, "<unk>"), (1, "<s>"), (10, "<new>"))],
         "pre_tokenizer": {"type": "WhitespaceSplit"},
         "model": {"type": kind} | model,
     }
     (tmp_path / "tokenizer.json").write_text(json.dumps(spec))
     (tmp_path / "tokenizer_config.json").write_text(json.dumps({"eos_token": "<think>"}))
     tokenizer = load_tokenizer(tmp_path)
-    assert tokenizer.control_tokens == {"<unk>": 0, "<s>": 1, "<think>": 3, "<new>": 7}
+    assert tokenizer.control_tokens == {"<unk>": 0, "<s>": 1, "<think>": 3, "<new>": 10}
     assert tokenizer.encode("Hi") == [2]
     for text in ("<s>", "<think>", "Hi <think>", "<new>", "\ue000\ue0010", "\ue000\ue0011", "\ue000\ue0012"):
-        assert not {1, 3, 7} & set(tokenizer.encode(text))
+        assert not {1, 3, 10} & set(tokenizer.encode(text))
 
 
 def test_added_tokens_with_runs_of_spaces_stay_text(tiny_byte_level):
