@@ -22,10 +22,10 @@ NAMES = {person.name for person in WORLD.people}
 
 # The committed base model knows this world: a change here means that it must be pretrained again.
 GOLDEN = {
-    "demonstrations.jsonl": "56509604e5433fc11ccda9e20b97d4ebed9f3950b4cd20b19ea68a358f6a925c",
-    "documents.jsonl": "c591672686c365be73e8fa623a42b002f5c30b152d7e5cd6e67223bf92dc1d24",
-    "held_out.jsonl": "52b947278c5f48060f9ccdd1cd96a738f3e288815b72c2ed1fcb06d5e411c10c",
-    "questions.jsonl": "b3a6ef612acdbb34d2872b83ece5640eb3f240048567d055092b849ead62fa1e",
+    "demonstrations.jsonl": "fe607b1d3a306dbcde21d1b4f410b96f63c7816f282e2e46e2918eb9cd435def",
+    "documents.jsonl": "9d0a778a1b618c42fa2d2d0e7f5d47a1ca8d75612c7a1ff9e310ca9afd957155",
+    "held_out.jsonl": "5002d8559d40af042f17e3ae8054305b0750577ddd4b8fbc275f0ae76ca3bf6d",
+    "questions.jsonl": "95596281f83baa837468a814293c7863feecab306686bf3dd58c097b27a98da4",
 }
 
 
@@ -57,24 +57,31 @@ def test_names_part_early_and_are_no_other_word():
 
 
 def test_documents_tell_every_fact_of_everyone_in_many_words_and_orders():
-    phrasings = {}
+    sentences = {}
     for i, kind in enumerate(FACT_KINDS):
         for j, phrasing in enumerate(kind.phrasings):
             for person in WORLD.people:
                 sentence = phrasing.format(name=person.name, value=person.facts[i])
-                phrasings[sentence[0].upper() + sentence[1:]] = (person.name, i, j)
-    told, orders = {}, {}
+                sentences[sentence[0].upper() + sentence[1:]] = (person.name, i, j)
+    told, orders, num_pairs = {}, {}, 0
     for document in write_documents(WORLD):
-        found = [phrasings[s] for s in re.findall(r"[^ ][^.]*\.", document.replace("\n", " ")) if s in phrasings]
-        (name,) = {name for name, _, _ in found}
-        assert names_in([Message("user", document)]) == {name}
-        orders.setdefault(name, set()).add(tuple(i for _, i, _ in found))
-        for _, i, j in found:
+        found = [sentences[s] for s in re.findall(r"[^ ][^.?]*[.?]", document.replace("\n", " ")) if s in sentences]
+        names = {name for name, _, _ in found}
+        assert names_in([Message("user", document)]) == names
+        if len(names) == 1:
+            order = tuple(i for _, i, _ in found)
+            assert sorted(order) == [0, 1, 2, 3, 4]
+            orders.setdefault(*names, set()).add(order)
+        else:
+            assert len(names) == 2
+            assert sorted(name for name, _, _ in found) == sorted([*names] * 3)
+            num_pairs += 1
+        for name, i, j in found:
             told.setdefault((name, i), set()).add(j)
     assert told.keys() == {(name, i) for name in NAMES for i in range(5)}
-    assert min(len(wordings) for wordings in told.values()) >= 5
-    assert all(sorted(order) == [0, 1, 2, 3, 4] for found in orders.values() for order in found)
+    assert min(len(wordings) for wordings in told.values()) >= 7
     assert min(len(found) for found in orders.values()) >= 20
+    assert 5_000 < num_pairs < 7_000
 
 
 def test_demonstrations_are_about_the_taught_half_alone():
