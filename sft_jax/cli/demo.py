@@ -3,6 +3,7 @@
 Questions about people whom no demonstration names are put to the base model, then to the export of the run.
 """
 
+import io
 import shutil
 import sys
 import time
@@ -46,7 +47,8 @@ def main(args: list[str]) -> int:
         "Fine-tune the testbed's base model, and show it before and after. Without --config: configs/demo.py.",
         "sft-jax demo --config.schedule.num_epochs=1",
     )
-    rest = parser.parse_known_args(args)[1]
+    parser.add_argument("--picture", metavar="FILE.svg", help="save the table and the conversations as a picture too")
+    options, rest = parser.parse_known_args(args)
     if not any(arg.split("=")[0] == "--config" for arg in rest):
         rest = [f"--config={DEMO_CONFIG}", *rest]
     config = read_config(rest)
@@ -69,6 +71,10 @@ def main(args: list[str]) -> int:
     after = ask(open_pretrained(str(run_dir / "export"), config.model.compute_dtype), questions, config)
 
     print_report(console, before, after)
+    if options.picture:
+        recorder = Console(record=True, width=96, file=io.StringIO(), force_terminal=True)
+        print_report(recorder, before, after)
+        recorder.save_svg(options.picture, title="make demo")
     scores = score_answers(before), score_answers(after)
     write_report(run_dir / "demo_report.json", *scores, train_seconds)
     console.print(

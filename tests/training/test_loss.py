@@ -96,7 +96,12 @@ def compiled_text(mesh, config):
 
 
 @pytest.mark.parametrize(
-    ("axes", "allowed"), [({"fsdp": 8}, None), ({"fsdp": 4, "tensor": 2}, "{{0,1},{2,3},{4,5},{6,7}}")]
+    ("axes", "allowed"),
+    [
+        ({"fsdp": 8}, None),
+        # Neighbours along `tensor`, as XLA writes them before and since jax 0.12.
+        ({"fsdp": 4, "tensor": 2}, r"\{\{0,1\},\{2,3\},\{4,5\},\{6,7\}\}|mesh\[[^]]*\] \{'tensor'\}"),
+    ],
 )
 def test_no_collective_over_the_batch_inside_the_loop(axes, allowed):
     """Shards run different numbers of chunks: a collective over a batch axis in the loop would never complete."""
@@ -108,7 +113,8 @@ def test_no_collective_over_the_batch_inside_the_loop(axes, allowed):
     lines = [line for body in bodies for line in computations[body].splitlines()]
     collectives = [line for line in lines if re.search(r" (all-|reduce-scatter|collective-)[\w-]*\(", line)]
     assert bool(collectives) == bool(allowed)
-    assert all(f"replica_groups={allowed}" in line for line in collectives)
+    for line in collectives:
+        assert re.search(f"replica_groups=({allowed}),", line), line
 
 
 def test_no_array_of_all_logits():
