@@ -124,6 +124,8 @@ class Trainer:
         self.meter.restart_clock()
         while step < self.num_steps and not stopping.stopped:
             if self.stop_signal.requested(step):
+                if pending is not None:
+                    self._report(step, pending)
                 if step > first:
                     self._save(step, state, stopping)
                 self.manager.wait()

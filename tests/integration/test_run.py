@@ -146,8 +146,7 @@ def test_sigterm_saves_the_last_finished_step(world, uninterrupted):
     process = start(config, "--config.checkpoint.every_steps=0", "--config.checkpoint.best_by=")
     signal_at(process, config, 12, signal.SIGTERM)
     _, err = finish(process, 75)
-    logged = max(record["step"] for record in records(config))
-    assert saved_steps(config)[-1] in (logged, logged + 1)  # the metrics of the last step may not have been read
+    assert saved_steps(config) == [max(record["step"] for record in records(config))]
     assert "Run the same command to go on" in err
     finish(start(config))
     assert_same_run(config, uninterrupted)
