@@ -24,7 +24,7 @@ def run_measured(command: list[str], env: dict[str, str], first_output: Path | N
     """Run to the end: its stdout, peak memory, and the seconds until `first_output` had content."""
     start, first = time.time(), None
     with tempfile.TemporaryFile("w+") as out:
-        process = subprocess.Popen(command, env=env, stdout=out, stderr=subprocess.DEVNULL, text=True)
+        process = subprocess.Popen(command, env=env, stdout=out, stderr=subprocess.STDOUT, text=True)
         while True:
             pid, status, usage = os.wait4(process.pid, os.WNOHANG)
             if first is None and first_output and first_output.exists() and first_output.stat().st_size:
@@ -51,7 +51,7 @@ def measure_ours(env: dict[str, str], run_dir: Path) -> dict:
 
 def measure_peer(python: str, what: str, env: dict[str, str], data: Path) -> dict:
     result = run_measured([python, f"{HERE}/peers.py", what, "--data", str(data), "--warmup", str(WARMUP)], env)
-    fields = json.loads(result["stdout"].splitlines()[-1])
+    fields = json.loads(next(line for line in reversed(result["stdout"].splitlines()) if line.startswith("{")))
     return result | fields | {"first_step_seconds": fields["first_step_at"] - result["start"]}
 
 
