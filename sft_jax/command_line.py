@@ -2,9 +2,9 @@
 
 import argparse
 import difflib
-import importlib.util
 import json
 import logging
+import runpy
 import sys
 import warnings
 from collections.abc import Callable, Sequence
@@ -63,16 +63,17 @@ def read_config(args: Sequence[str]) -> Config:
             f"--config={path}: no such file. Name a Python file with get_config(), or a run's config.json."
         )
     values, argv = flags.FlagValues(), ["sft_jax", *rest]
+    loaded = _load_config_dict(path)
+    for arg in rest:
+        _check_override(loaded, arg)
     try:
-        loaded = _load_config_dict(path)
-        for arg in rest:
-            _check_override(loaded, arg)
         config_flags.DEFINE_config_dict("config", loaded, flag_values=values, sys_argv=argv)
         left = values(argv)[1:]
     except flags.Error as error:
         raise ConfigError(str(error)) from error
-    except (AttributeError, ImportError, KeyError, NameError, OSError, SyntaxError, TypeError, ValueError) as error:
-        raise ConfigError(f"{path}: {type(error).__name__}: {error}") from error
+    except (AttributeError, IndexError, KeyError, TypeError, ValueError) as error:
+        hint = "Is the field there? Lists and free sections are set in the file."
+        raise ConfigError(f"{' '.join(rest)}: {type(error).__name__}: {error}. {hint}") from error
     if left:
         raise ConfigError(f"{left[0]}: is not an option. Options begin with --config.")
     return from_config_dict(values["config"].value)
@@ -94,16 +95,20 @@ def _check_override(config: ml_collections.ConfigDict, arg: str) -> None:
 
 def _load_config_dict(path: str) -> ml_collections.ConfigDict:
     """What `get_config()` of a Python file returns, or the fields of a run's `config.json` over the defaults."""
-    if path.endswith(".json"):
-        config = default_config()
-        config.update(json.loads(Path(path).read_text()))
-        return config
-    spec = importlib.util.spec_from_file_location("sft_jax_config", path)
-    if spec is None or spec.loader is None:
-        raise ConfigError(f"--config={path}: is neither a Python file nor a .json.")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module.get_config()
+    config = default_config()
+    try:
+        if path.endswith(".json"):
+            config.update(json.loads(Path(path).read_text()))
+        else:
+            config = runpy.run_path(path)["get_config"]()
+    except (Exception, SystemExit) as error:  # it is the user's program: whatever it raises, it is the config's error
+        raise ConfigError(
+            f"--config={path}: {type(error).__name__}: {error}. It must define get_config(), which returns what "
+            "sft_jax.config.default_config() gives, changed. --debug shows where it failed."
+        ) from error
+    if not isinstance(config, ml_collections.ConfigDict):
+        raise ConfigError(f"--config={path}: get_config() returns {type(config).__name__}; expected a ConfigDict.")
+    return config
 
 
 def _split_config_path(args: Sequence[str]) -> tuple[str, list[str]]:

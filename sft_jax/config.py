@@ -17,6 +17,7 @@ together. Below it there are no defaults and no look-ups by string.
 import dataclasses
 import difflib
 import math
+import re
 import types
 import typing
 from typing import Any
@@ -135,6 +136,7 @@ _AT_LEAST: dict[str, float] = {
     "schedule.warmup_fraction": 0, "schedule.final_fraction": 0, "schedule.decay_fraction": 0,
     "evaluation.every_steps": 0, "evaluation.stop_patience": 1, "checkpoint.every_steps": 0,
     "checkpoint.keep_latest": 1, "log.every_steps": 1, "data.max_bad_fraction": 0, "run.seed": 0,
+    "optimizer.b1": 0, "optimizer.b2": 0, "optimizer.eps": 0,
 }  # fmt: skip
 _AT_MOST: dict[str, float] = {
     "data.max_bad_fraction": 1, "schedule.warmup_fraction": 1, "schedule.final_fraction": 1,
@@ -197,9 +199,15 @@ def validate(config: Config) -> list[str]:
     for path in ("evaluation.stop_by", "checkpoint.best_by"):
         require(get(path) in eval_names, path, f"is {get(path)!r}; no set in data.eval has that name.")
     rows, parts = batch.batch_size, batch.grad_accum_steps
-    require(rows % parts == 0, "batch.grad_accum_steps", f"{parts} does not divide batch_size {rows}.")
-    smoothing = config.loss.label_smoothing
-    require(smoothing < 1, "loss.label_smoothing", f"is {smoothing}; expected below 1.")
+    require(parts < 1 or rows % parts == 0, "batch.grad_accum_steps", f"{parts} does not divide batch_size {rows}.")
+    for path in ("loss.label_smoothing", "optimizer.b1", "optimizer.b2"):
+        require(get(path) is None or get(path) < 1, path, f"is {get(path)}; expected below 1.")
+    require(bool(config.run.dir), "run.dir", "is empty. Name a folder for the run.")
+    for pattern in model.freeze:
+        try:
+            re.compile(pattern)
+        except re.error as error:
+            require(False, "model.freeze", f"{pattern!r} is no regular expression: {error}.")
     sizes = [getattr(mesh, axis) for axis in MESH_AXES]
     for axis, size in zip(MESH_AXES, sizes, strict=True):
         require(size == -1 or size >= 1, f"mesh.{axis}", f"is {size}; expected at least 1, or -1 for what is left.")

@@ -3,6 +3,7 @@
 import dataclasses
 from collections.abc import Callable, Iterator
 from functools import cached_property
+from typing import Any
 
 import jax
 import optax
@@ -117,6 +118,17 @@ class ModelOnMesh:
         trainable, _ = self.split(shapes)
         return abstract_state(trainable, self.shardings, self.optimizer, self.mesh)
 
+    @property
+    def identity(self) -> dict[str, Any]:
+        """What a checkpoint of this model may be resumed as, by name."""
+        section = self.config.model
+        return {
+            "config.model.path": section.path or f"{section.preset} {section.overrides}",
+            "config.model.param_dtype": section.param_dtype,
+            "config.model.freeze": list(section.freeze),
+            "config.optimizer.name": self.config.optimizer.name,
+        }
+
     def split(self, params: dict) -> tuple[dict, dict]:
         """(those that train, the frozen ones)."""
         return split_params(params, self.config.model.freeze)
@@ -155,19 +167,20 @@ def open_state(
     """(state, frozen parameters, early stopping): of the newest checkpoint, or before the first step.
 
     Raises:
-      ConfigError: the checkpoint was trained on other data or in another order; names what changed.
+      ConfigError: the checkpoint is of another model, on other data or in another order; names what changed.
     """
     latest = manager.latest_step()
     if latest is None:
         trainable, frozen = placed.split(placed.open_params())
         return init_state(trainable, placed.optimizer), frozen, EarlyStopping()
-    saved = manager.read_meta(latest)["data"]
-    now = data.fingerprint_fields
+    meta = manager.read_meta(latest)
+    saved = {**meta["data"], **meta["model"]}
+    now = {**data.fingerprint_fields, **placed.identity}
     changed = [f"{name}: {saved.get(name)} -> {now[name]}" for name in now if saved.get(name) != now[name]]
     if changed:
         raise ConfigError(
-            f"config.run.dir: {placed.config.run.dir} has a checkpoint of step {latest} that was trained on other data "
-            f"or in another order ({'; '.join(changed)}). Restore the old settings, or start in a new config.run.dir."
+            f"config.run.dir: {placed.config.run.dir} has a checkpoint of step {latest} of another model, on other "
+            f"data or in another order ({'; '.join(changed)}). Restore the old settings, or name a new config.run.dir."
         )
     restored, meta = manager.restore(latest, vars(placed.abstract_state))
     return TrainState(**restored), placed.open_frozen(), EarlyStopping.from_json(meta["stopping"])

@@ -19,7 +19,7 @@ from sft_jax.config_schema import Config
 from sft_jax.data.pipeline import PackedDataset
 from sft_jax.data.preview import preview_row
 from sft_jax.data.rendering import Renderer
-from sft_jax.datatypes import PREEMPTED_EXIT_CODE
+from sft_jax.datatypes import PREEMPTED_EXIT_CODE, ConfigError, NumericError, StorageError
 from sft_jax.experiment import (
     ModelOnMesh,
     open_evaluators,
@@ -62,14 +62,22 @@ def run(config: Config, console: Console | None = None) -> epath.Path:
     run_dir = epath.Path(config.run.dir).expanduser()
     if config.checkpoint.export:
         check_export_target(run_dir / "export")
-    if jax.process_index() == 0:
-        write_run_files(run_dir, config, data)
-        describe_run(console, placed, data, renderer)
+    make_run_dir(run_dir)
     manager = CheckpointManager(
         run_dir / "checkpoints", config.checkpoint.keep_latest, keep_best=bool(config.checkpoint.best_by)
     )
     state, frozen, stopping = open_state(placed, manager, data)
     step = int(state.step)
+    if step > data.num_steps:
+        raise ConfigError(
+            f"config.schedule: asks for {data.num_steps} steps, and {run_dir} has already done {step}. "
+            "Ask for as many at least, or start in a new config.run.dir."
+        )
+    if jax.process_index() == 0:  # only now: a refused resume must not rewrite what the run was made from
+        write_run_files(run_dir, config, data)
+        describe_run(console, placed, data, renderer)
+        if step:
+            console.print(f"{'resumed':12}at step {step:,} of {data.num_steps:,}", highlight=False)
     writer = MetricsWriter(run_dir, step, config.log.tensorboard)
     progress = ProgressReporter(console, data.num_steps, step)
     trainer = Trainer(
@@ -80,7 +88,7 @@ def run(config: Config, console: Console | None = None) -> epath.Path:
         batches=place_batches(data, placed.mesh, config.batch.batch_size),
         evaluators=evaluators,
         manager=manager,
-        meta={"data": data.fingerprint_fields},
+        meta={"data": data.fingerprint_fields, "model": placed.identity},
         meter=StepMeter(data.source_names, train_flops_per_token(placed.model, config.data.max_seq_len)),
         writer=writer,
         progress=progress,
@@ -92,6 +100,14 @@ def run(config: Config, console: Console | None = None) -> epath.Path:
         progress.close()
         writer.close()
         manager.close()
+    if int(state.num_updates) == 0:
+        raise NumericError(f"config.run.dir: {run_dir}: every step was skipped as non-finite; nothing was trained.")
+    if stopping.stopped and jax.process_index() == 0:
+        console.print(
+            f"stopped early at step {int(state.step)}: {config.evaluation.stop_by} has had no better loss for "
+            f"{stopping.evaluations_since_best} evaluations. The last step is exported; sft-jax export takes others.",
+            soft_wrap=True,
+        )
     if config.checkpoint.export:
         params, template = {**state.params, **frozen}, renderer.template.text
         dtype = config.model.param_dtype
@@ -121,9 +137,15 @@ def train_flops_per_token(model: TransformerConfig, length: int) -> int:
     return 6 * (num_params(model) - embedding) + attention
 
 
+def make_run_dir(run_dir: epath.Path) -> None:
+    try:
+        run_dir.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise StorageError(f"config.run.dir: {run_dir} cannot be made a folder: {error}. Name another.") from error
+
+
 def write_run_files(run_dir: epath.Path, config: Config, data: PackedDataset) -> None:
     """`config.json`, `provenance.json` and `data_report.json`."""
-    run_dir.mkdir(parents=True, exist_ok=True)
     files = {"config": config.to_dict(), "provenance": describe_environment(config), "data_report": data.report}
     for name, content in files.items():
         (run_dir / f"{name}.json").write_text(json.dumps(content, indent=1) + "\n")

@@ -10,6 +10,7 @@ import jax.numpy as jnp
 import optax
 from jax.sharding import AbstractMesh, Mesh, NamedSharding
 
+from sft_jax.datatypes import ConfigError
 from sft_jax.model.transformer import Params
 from sft_jax.sharding import replicated
 
@@ -28,8 +29,17 @@ class TrainState:
 
 
 def split_params(params: Mapping[str, Any], freeze: tuple[str, ...]) -> tuple[dict[str, Any], dict[str, Any]]:
-    """(trainable, frozen): frozen are those whose path any pattern of `freeze` finds."""
+    """(trainable, frozen): frozen are those whose path any pattern of `freeze` finds.
+
+    Raises:
+      ConfigError: a pattern finds nothing, or all of them everything.
+    """
+    for pattern in freeze:
+        if not any(re.search(pattern, path) for path in params):
+            raise ConfigError(f"config.model.freeze: {pattern!r} finds no parameter. There are {', '.join(params)}.")
     frozen = {path for path in params if any(re.search(pattern, path) for pattern in freeze)}
+    if len(frozen) == len(params):
+        raise ConfigError("config.model.freeze: leaves no parameter to train. Take a pattern out.")
     return {p: v for p, v in params.items() if p not in frozen}, {p: params[p] for p in frozen}
 
 
@@ -53,6 +63,7 @@ def abstract_state(
     mesh: Mesh | AbstractMesh,
 ) -> TrainState:
     """Shapes, dtypes and shardings of `init_state`'s result, with no memory: for tracing, compiling and restoring."""
+    shardings = {path: shardings[path] for path in params}  # of those that train
     params = {path: _with_sharding(leaf, shardings[path]) for path, leaf in params.items()}
     opt_state = jax.eval_shape(optimizer.init, params)
     placed = jax.tree.map(_with_sharding, opt_state, _opt_shardings(optimizer, opt_state, shardings, params, mesh))

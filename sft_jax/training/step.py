@@ -32,8 +32,8 @@ def make_train_step(
     """`(state, frozen, batch) -> (state, metrics)`, to be jitted with the state donated.
 
     Gradients of *sums* are added over microbatches and divided once by the global weight, so microbatches, packing and
-    the mesh do not change the update. A step whose loss or gradient is not finite changes nothing but `step` and
-    `num_skipped`: old values are selected, not multiplied by zero, so that NaN cannot leak.
+    the mesh do not change the update. A step whose loss, gradient or update is not finite changes nothing but `step`
+    and `num_skipped`: old values are selected, not multiplied by zero, so that NaN cannot leak.
     """
     sum_loss = partial(sum_batch_loss, config=config, model=model, mesh=mesh, noise_seed=config.run.seed)
 
@@ -43,7 +43,6 @@ def make_train_step(
         loss = sums.loss_sum / sums.weight_sum
 
         grad_norm = optax.tree.norm(grads)
-        finite = jnp.isfinite(loss) & jnp.isfinite(grad_norm)
         clip = config.optimizer.grad_clip_norm
         scale = jnp.minimum(1.0, clip / jnp.maximum(grad_norm, 1e-12)) if clip else 1.0
         grads = {path: (grad * scale).astype(state.params[path].dtype) for path, grad in grads.items()}
@@ -51,6 +50,8 @@ def make_train_step(
         directions, opt_state = optimizer.update(grads, state.opt_state, state.params)
         learning_rate = jnp.asarray(schedule(state.num_updates))
         params = jax.tree.map(lambda p, d: p - (learning_rate * d).astype(p.dtype), state.params, directions)
+        # The direction too: a moment may overflow where loss and gradient did not.
+        finite = jnp.isfinite(loss) & jnp.isfinite(grad_norm) & jnp.isfinite(optax.tree.norm(directions))
         new = TrainState(
             step=state.step + 1,
             num_updates=state.num_updates + finite,

@@ -53,6 +53,11 @@ def test_a_good_config_passes(folder, capsys):
         ("--config.data.tokeniser=x", "config.data has no tokeniser. Did you mean tokenizer?"),
         ("--config.batch.batch_size=many", "many"),
         ("--config.batch.grad_accum_steps=7", "config.batch.grad_accum_steps: 7 does not divide batch_size 64"),
+        ("--config.batch.grad_accum_steps=0", "config.batch.grad_accum_steps: is 0; expected at least 1"),
+        ("--config.optimizer.b2=-1.0", "config.optimizer.b2: is -1.0; expected at least 0"),
+        ("--config.model.freeze=('[',)", "config.model.freeze: '[' is no regular expression"),
+        ("--config.data.train[3].path=x", "IndexError"),
+        ("--config.run.dir=", "config.run.dir: is empty"),
         ("--config.model.path=nowhere", "nowhere"),
         ("--config.data.chat_template=nowhere.jinja", "nowhere.jinja"),
         ("--config.data.tokenizer=nowhere", "nowhere"),
@@ -133,6 +138,29 @@ def test_too_many_non_finite_steps_exit_4(folder, capsys):
     status, err = run(capsys, *args, "--config.model.compute_dtype=float32", command="train")
     assert status == 4, err
     assert "config.optimizer.max_skipped_steps = 2" in err
+
+
+def test_a_freeze_pattern_must_find_something(folder, capsys):
+    for pattern, message in (("nothing", "'nothing' finds no parameter"), (".*", "leaves no parameter to train")):
+        args = [f"--config.model.freeze=('{pattern}',)", "--config.batch.batch_size=8"]
+        status, err = run(capsys, *args, command="train")
+        assert (status, message in err) == (2, True), err
+
+
+def test_a_run_dir_that_is_a_file(folder, capsys):
+    status, err = run(capsys, "--config.run.dir=chats.jsonl", "--config.checkpoint.export=false", command="train")
+    assert status == 5
+    assert "config.run.dir: chats.jsonl" in err
+
+
+@pytest.mark.parametrize(
+    "body", ["1 / 0", "raise SystemExit(3)", "x = 1", "def get_config(): return 3", "import nothing"]
+)
+def test_a_config_file_that_does_not_run(folder, capsys, body):
+    (folder / "config.py").write_text(body)
+    status, err = run(capsys)
+    assert status == 2
+    assert "--config=config.py: " in err
 
 
 def test_debug_raises_instead(folder):

@@ -187,11 +187,20 @@ def test_a_finished_run_is_left_alone(uninterrupted):
 
 @pytest.mark.parametrize(
     ("override", "named"),
-    [("--config.run.seed=1", "seed: 0 -> 1"), ("--config.batch.batch_size=32", "batch_size: 16 -> 32")],
+    [
+        ("--config.run.seed=1", "seed: 0 -> 1"),
+        ("--config.batch.batch_size=32", "batch_size: 16 -> 32"),
+        ("--config.optimizer.name=lion", "config.optimizer.name: adamw -> lion"),
+        ("--config.model.freeze=('embed',)", "config.model.freeze: [] -> ['embed']"),
+        ("--config.schedule.num_steps=20", "asks for 20 steps"),
+    ],
 )
 def test_resuming_with_other_data_is_refused(uninterrupted, override, named):
+    files = [uninterrupted.with_suffix("") / name for name in ("config.json", "data_report.json")]
+    before = [path.read_text() for path in files]
     _, err = finish(start(uninterrupted, override), 2)
     assert named in err
+    assert [path.read_text() for path in files] == before
     assert "Traceback" not in err
 
 
@@ -208,3 +217,15 @@ def test_export_of_an_earlier_step(uninterrupted, tmp_path):
     for name in exported:
         np.testing.assert_array_equal(last[name], exported[name])
     assert any(not np.array_equal(last[name], earlier[name]) for name in last)
+
+
+def test_frozen_parameters_survive_training_resuming_and_export(world):
+    config = world("frozen")
+    args = ["--config.model.freeze=('^embed', 'mlp.(gate|up|down)')", "--config.schedule.name=constant"]
+    finish(start(config, *args, "--config.schedule.num_steps=7"))
+    first = load_file(config.with_suffix("") / "export" / "model.safetensors")
+    finish(start(config, *args, "--config.schedule.num_steps=14"))
+    last = load_file(config.with_suffix("") / "export" / "model.safetensors")
+    for name in first:
+        frozen = "embed" in name or "mlp" in name
+        assert np.array_equal(first[name], last[name]) == frozen, name
