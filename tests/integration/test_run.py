@@ -229,3 +229,18 @@ def test_frozen_parameters_survive_training_resuming_and_export(world):
     for name in first:
         frozen = "embed" in name or "mlp" in name
         assert np.array_equal(first[name], last[name]) == frozen, name
+
+
+def test_early_stopping_is_said_and_remembered_and_a_profile_is_written(world):
+    config = world("early")
+    args = [
+        "--config.evaluation.stop_by=held_out",
+        "--config.optimizer.learning_rate=0.0",
+        "--config.log.profile_steps=(3,4)",
+    ]
+    out, _ = finish(start(config, *args))
+    assert "stopped early at step 30" in out  # evaluated at 0, 10, 20, 30; none better than the first
+    assert saved_steps(config)[-1] == max(record["step"] for record in records(config)) == 30
+    assert list((config.with_suffix("") / "profile").rglob("*.xplane.pb"))
+    out, _ = finish(start(config, *args))
+    assert "stopped early at step 30" in out
