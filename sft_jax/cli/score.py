@@ -12,7 +12,7 @@ from sft_jax.command_line import run_command
 from sft_jax.data.conversations import parse_row
 from sft_jax.data.rendering import Renderer
 from sft_jax.data.sources import read_rows
-from sft_jax.datatypes import DataError, RawRow, TokenizedExample
+from sft_jax.datatypes import ConfigError, DataError, RawRow, TokenizedExample
 from sft_jax.inference.pretrained import open_pretrained
 from sft_jax.inference.sampler import score_tokens
 
@@ -30,6 +30,8 @@ def main(args: list[str]) -> int:
     parser.add_argument("--per-token", action="store_true", help="add ids, and logprobs of each given those before it")
     parser.add_argument("--dtype", default="float32", choices=("float32", "bfloat16"))
     options = parser.parse_args(args)
+    if options.per_token and not options.json:
+        raise ConfigError("sft-jax score: --per-token is for --json. Give both.")
 
     model = open_pretrained(options.model, options.dtype)
     rows = list(read_examples(options.input, model.renderer, model.config.vocab_size))

@@ -58,7 +58,7 @@ def generate(
     """
     if max_new_tokens < 1 or batch_size < 1:
         raise ConfigError(f"generate: max_new_tokens {max_new_tokens}, batch_size {batch_size}; expected at least 1.")
-    if temperature < 0 or not 0 < top_p <= 1:
+    if not 0 <= temperature < float("inf") or not 0 < top_p <= 1:
         raise ConfigError(f"generate: temperature {temperature}, top_p {top_p}; expected >= 0, and in (0, 1].")
     for i, prompt in enumerate(prompts):
         _check_ids(prompt, f"prompt {i}", config, max_new_tokens)

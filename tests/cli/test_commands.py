@@ -140,5 +140,10 @@ def test_generate_wants_one_kind_of_prompt(capsys):
     for extra in ([], ["--prompt=a", "--input=b"]):
         assert run_command(dispatch, ["generate", "--model=run/export", *extra]) == 2
         assert "either --prompt or --input" in capsys.readouterr().err
-    assert run_command(dispatch, ["generate", "--model=nowhere", "--prompt=a"]) == 2
-    assert "nowhere" in capsys.readouterr().err
+    for args, said in (
+        (["generate", "--model=nowhere", "--prompt=a"], "nowhere"),
+        (["generate", "--model=run/export", "--prompt=a", "--temperature=nan"], "temperature nan"),
+        (["score", "--model=run/export", "--input=chats.jsonl", "--per-token"], "--per-token is for --json"),
+    ):
+        assert run_command(dispatch, args) == 2
+        assert said in capsys.readouterr().err
