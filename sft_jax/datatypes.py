@@ -68,19 +68,42 @@ class RawRow:
 
 
 @dataclass(frozen=True, slots=True)
+class ToolCall:
+    """A call of a tool by an assistant turn. `arguments` is the object; `arguments_json` is the text of it as the row
+    has it, or, where the row has an object, that object in JSON. `id` is empty where the row gives none."""
+
+    name: str
+    arguments: dict[str, Any]
+    arguments_json: str
+    id: str = ""
+
+
+@dataclass(frozen=True, slots=True)
 class Message:
-    """One turn. `role` is system, user, assistant or tool."""
+    """One turn. `role` is system, user, assistant or tool; the fields that do not belong to the role are empty.
+
+    `reasoning` is what an assistant turn thinks before `content`. `name` and `tool_call_id` say which tool a tool
+    result is of and which call it answers. `loss_weight` is the row's own weight of an assistant turn, None where the
+    row gives none.
+    """
 
     role: str
     content: str
+    reasoning: str = ""
+    tool_calls: tuple[ToolCall, ...] = ()
+    tool_call_id: str = ""
+    name: str = ""
+    loss_weight: float | None = None
 
 
 @dataclass(frozen=True, slots=True)
 class Conversation:
-    """A demonstration: its assistant turns are trained on."""
+    """A demonstration: its assistant turns are trained on. `tools` are the schemas it offers, exactly as the row gives
+    them."""
 
     messages: tuple[Message, ...]
     origin: Origin
+    tools: tuple[dict[str, Any], ...] = ()
 
 
 @dataclass(frozen=True, slots=True)

@@ -13,10 +13,9 @@ from jax.sharding import AbstractMesh, Mesh, NamedSharding
 from sft_jax.checkpoint.hf import load_pretrained, read_config
 from sft_jax.checkpoint.manager import CheckpointManager
 from sft_jax.config_schema import Config
+from sft_jax.data import rendering
 from sft_jax.data.pipeline import PackedDataset, open_dataset
 from sft_jax.data.rendering import Renderer
-from sft_jax.data.templates import load_template
-from sft_jax.data.tokenizer import load_tokenizer
 from sft_jax.datatypes import ConfigError
 from sft_jax.model.families import TransformerConfig, preset_config
 from sft_jax.model.transformer import Params, abstract_params, init_params, logical_dims
@@ -35,10 +34,7 @@ def use_compilation_cache(config: Config) -> None:
 
 def open_renderer(config: Config) -> Renderer:
     """The tokenizer and the chat template, held against each other."""
-    data = config.data
-    tokenizer = load_tokenizer(data.tokenizer or config.model.path, data.new_tokens)
-    template = load_template(data.chat_template, tokenizer, data.chat_template_kwargs)
-    return Renderer(tokenizer, template, data.stop_token, data.unknown_tokens)
+    return rendering.open_renderer(config.data, config.model.path)
 
 
 def open_train_data(config: Config, renderer: Renderer) -> PackedDataset:

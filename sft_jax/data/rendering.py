@@ -16,6 +16,7 @@ Control ids come from the template only: look-alikes in content are disguised be
 """
 
 import collections
+import dataclasses
 import hashlib
 import itertools
 import json
@@ -24,11 +25,12 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
+from sft_jax.config_schema import DataConfig
 from sft_jax.data.control_tokens import Disguise
 from sft_jax.data.errors import RowError
 from sft_jax.data.stop_token import find_stop
-from sft_jax.data.templates import ChatTemplate, TemplateError
-from sft_jax.data.tokenizer import Tokenizer
+from sft_jax.data.templates import ChatTemplate, TemplateError, load_template
+from sft_jax.data.tokenizer import Tokenizer, load_tokenizer
 from sft_jax.datatypes import ConfigError, Conversation, Document, Message, Origin, TokenizedExample
 
 RENDERING_VERSION = 1
@@ -36,6 +38,25 @@ RENDERING_VERSION = 1
 
 Parts = list[int | str]
 """A rendered text, cut into control ids and plain text."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class RenderOptions:
+    """The options of `config.data` that shape ids and weights, by the same names."""
+
+    stop_token: str = ""
+    unknown_tokens: str = "error"
+
+
+def open_renderer(data: DataConfig, model_path: str) -> "Renderer":
+    """The tokenizer and the chat template of a config, held against each other; each process that renders opens one."""
+    tokenizer = load_tokenizer(data.tokenizer or model_path, data.new_tokens)
+    template = load_template(data.chat_template, tokenizer, data.chat_template_kwargs)
+    options = {f.name: getattr(data, f.name) for f in dataclasses.fields(RenderOptions)}
+    return Renderer(tokenizer, template, RenderOptions(**options))
+
+
+_DEFAULTS = RenderOptions()
 
 
 class Renderer:
@@ -47,10 +68,8 @@ class Renderer:
         content that looks like control tokens; `unknown_tokens`: kept.
     """
 
-    def __init__(
-        self, tokenizer: Tokenizer, template: ChatTemplate, stop_token: str = "", unknown_tokens: str = "error"
-    ):
-        """Check the template on a probe. `stop_token` and `unknown_tokens` are options of `config.data`.
+    def __init__(self, tokenizer: Tokenizer, template: ChatTemplate, options: RenderOptions = _DEFAULTS):
+        """Check the template on a probe.
 
         Raises:
           ConfigError: the template's generation prompt is no prefix of the turn, it writes no stop token, or its
@@ -59,8 +78,8 @@ class Renderer:
         self.tokenizer = tokenizer
         self.template = template
         self.counts: collections.Counter[str] = collections.Counter()
-        self._options = {"stop_token": stop_token, "unknown_tokens": unknown_tokens}
-        self._stop = find_stop(tokenizer, template, stop_token)
+        self.options = options
+        self._stop = find_stop(tokenizer, template, options.stop_token)
         stop_id = tokenizer.token_id(self._stop.text)
         self.stop_ids: tuple[int, ...] = () if stop_id is None else (stop_id,)
 
@@ -76,7 +95,7 @@ class Renderer:
                 "prompt, so the same rows would differ tomorrow. Give it a fixed one: dict(now='2026-01-31')."
             )
         template = [self.template.text, self.template.kwargs]
-        parts = [RENDERING_VERSION, self.tokenizer.fingerprint(), template, self._options]
+        parts = [RENDERING_VERSION, self.tokenizer.fingerprint(), template, dataclasses.asdict(self.options)]
         return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
 
     def prompt_ids(self, messages: Sequence[Message]) -> list[int]:
@@ -216,7 +235,7 @@ class Renderer:
         for part, part_ids in zip(parts, ids, strict=True):
             if not isinstance(part, str) or unk_id not in part_ids:
                 continue
-            if self._options["unknown_tokens"] == "keep":
+            if self.options.unknown_tokens == "keep":
                 self.counts["unknown_tokens"] += part_ids.count(unk_id)
                 continue
             unknown = [c for c in dict.fromkeys(part) if unk_id in self.tokenizer.encode(c, continuation=True)]

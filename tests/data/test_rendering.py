@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from tiny_tokenizers import edit_json, write_sentencepiece
 
 from sft_jax.data.errors import RowError
-from sft_jax.data.rendering import Renderer
+from sft_jax.data.rendering import Renderer, RenderOptions
 from sft_jax.data.templates import BUILTIN_TEMPLATES, ChatTemplate, load_template
 from sft_jax.data.tokenizer import load_tokenizer
 from sft_jax.datatypes import ConfigError, Conversation, Document, Message, Origin
@@ -42,13 +42,13 @@ def chat(*contents, system=""):
 
 def open_renderer(path, template="chatml", new_tokens=None, kwargs=None, **options):
     tokenizer = load_tokenizer(path, NEW_TOKENS.get(template, ()) if new_tokens is None else new_tokens)
-    return Renderer(tokenizer, load_template(template, tokenizer, kwargs or {}), **options)
+    return Renderer(tokenizer, load_template(template, tokenizer, kwargs or {}), RenderOptions(**options))
 
 
 def with_jinja(path, text, new_tokens=CHATML, **options):
     tokenizer = load_tokenizer(path, new_tokens)
     template = ChatTemplate("test.jinja", text, tokenizer.special_tokens, {})
-    return Renderer(tokenizer, template, **options)
+    return Renderer(tokenizer, template, RenderOptions(**options))
 
 
 def weights_of(example):
