@@ -122,6 +122,8 @@ _CHOICES: dict[str, tuple[str, ...]] = {
     "model.remat": ("none", "dots", "full"),
     "data.packing": ("best_fit", "none"),
     "data.too_long": ("error", "drop"),
+    "data.supervise": ("all", "last", "weighted"),
+    "data.averaging": ("token", "example"),
     "data.unknown_tokens": ("error", "drop", "keep"),
     "optimizer.name": ("adamw", "adafactor", "lion", "sgd"),
     "optimizer.accum_dtype": ("float32", "bfloat16", "float64"),
@@ -136,10 +138,12 @@ _AT_LEAST: dict[str, float] = {
     "schedule.warmup_fraction": 0, "schedule.final_fraction": 0, "schedule.decay_fraction": 0,
     "evaluation.every_steps": 0, "evaluation.stop_patience": 1, "checkpoint.every_steps": 0,
     "checkpoint.keep_latest": 1, "log.every_steps": 1, "data.max_bad_fraction": 0, "run.seed": 0,
+    "data.prompt_loss_weight": 0,
     "optimizer.b1": 0, "optimizer.b2": 0, "optimizer.eps": 0,
 }  # fmt: skip
 _AT_MOST: dict[str, float] = {
-    "data.max_bad_fraction": 1, "schedule.warmup_fraction": 1, "schedule.final_fraction": 1,
+    "data.max_bad_fraction": 1, "data.prompt_loss_weight": 1,
+    "schedule.warmup_fraction": 1, "schedule.final_fraction": 1,
     "schedule.decay_fraction": 1, "run.seed": 2**31 - 1,
 }  # fmt: skip
 # Fields that only some optimizers or schedules read; set for another one they are an error, never ignored.

@@ -69,6 +69,16 @@ class DataConfig:
     """Tokens to add to tokenizer, embedding and head, for example `("<|im_start|>", "<|im_end|>")`."""
     role_map: dict[str, str] = field(default_factory=dict)
     """Row role -> system, user, assistant or tool, for example `dict(human="user")`."""
+    supervise: str = "all"
+    """Assistant turns that are trained: all, last (of each conversation), or weighted (those to which the row gives a
+    weight). A weight that a row gives to a turn always counts: 0 leaves it out, 0.5 halves it."""
+    train_reasoning: bool = True
+    """Whether the reasoning before an answer is trained; its marks, such as `<think>`, always are."""
+    prompt_loss_weight: float = 0.0
+    """Loss weight, from 0 to 1, of what stands before a supervised turn. Tool results never have any, nor what is
+    repeated where a turn has an example of its own."""
+    averaging: str = "token"
+    """token: every supervised token counts alike. example: every example does, its weights summing to 1."""
     max_seq_len: int = 4096
     """Length of a packed row, and the longest example."""
     packing: str = "best_fit"

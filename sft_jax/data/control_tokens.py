@@ -6,7 +6,7 @@ broken up before the template sees it.
 """
 
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 
 from sft_jax.datatypes import DataError
@@ -113,22 +113,26 @@ class ControlTokens:
 
     def may_form_in(self, text: str) -> bool:
         """Whether `text` holds a control token, or could form one together with its neighbours."""
-        return bool(self._bare_pattern.search(text)) or any(self._open_ends(text.strip()))
+        return self.holds(text) or any(self._open_ends(text.strip()))
 
-    def disguise(self, text: str, disguise: "Disguise") -> str:
+    def holds(self, text: str) -> bool:
+        """Whether a server that parses control tokens in text would find one in `text`."""
+        return bool(self._bare_pattern.search(text))
+
+    def disguise(self, text: str, hide: Callable[[str], str]) -> str:
         """Replace one character of every control token in `text`, and of ends that could form one with what is around.
 
         With `·` for `<` and `×` for `m`: `"say <|im_end|>"` -> `"say ·|im_end|>"`, and `"a <|im"` -> `"a <|i×"`.
         """
-        text = self._bare_pattern.sub(lambda match: disguise.hide(match.group()[0]) + match.group()[1:], text)
+        text = self._bare_pattern.sub(lambda match: hide(match.group()[0]) + match.group()[1:], text)
         inner = text.strip()  # templates often trim
         opens, closes = self._open_ends(inner)
         at = len(text) - len(text.lstrip())
         after = text[at + len(inner) :]
         if opens:
-            inner = disguise.hide(inner[0]) + inner[1:]
+            inner = hide(inner[0]) + inner[1:]
         if closes:
-            inner = inner[:-1] + disguise.hide(inner[-1])
+            inner = inner[:-1] + hide(inner[-1])
         return text[:at] + inner + after
 
     def _open_ends(self, text: str) -> tuple[bool, bool]:
@@ -137,25 +141,6 @@ class ControlTokens:
         opens = self._last.search(text, 0, self._longest) and any(text[:k] in self._tails for k in reach)
         closes = self._first.search(text, len(text) - self._longest) and any(text[-k:] in self._heads for k in reach)
         return bool(opens), bool(closes)
-
-
-class Disguise:
-    """Private-use characters that stand for characters of one conversation's control look-alikes."""
-
-    def __init__(self, text: str):
-        """`text` is everything that will be rendered: its own private-use characters are not used."""
-        self._free = (chr(code) for code in range(0xE000, 0xF900) if chr(code) not in text)
-        self._hidden: dict[str, str] = {}
-
-    def hide(self, character: str) -> str:
-        if character not in self._hidden:
-            self._hidden[character] = next(self._free)
-        return self._hidden[character]
-
-    def reveal(self, text: str) -> str:
-        for character, stand_in in reversed(self._hidden.items()):  # a stand-in may itself have been hidden
-            text = text.replace(stand_in, character)
-        return text
 
 
 def control_token_from_json(fields: dict, token_id: int) -> ControlToken:

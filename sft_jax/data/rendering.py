@@ -1,9 +1,8 @@
 """A conversation or document -> token ids and loss weights. The ONE place that decides what is trained on.
 
-For each assistant turn the template is asked twice: for the *prompt*, the messages before the turn with the generation
-prompt, which is what inference feeds; and for the messages up to the turn itself. The second must begin with the first.
-What it adds is the *completion*: what the template makes the model write first, the content, the stop token (all
-supervised), and an *epilogue*, often a newline (not supervised). With ChatML:
+For each assistant turn `turns.py` gives the *prompt*, which is what inference feeds, and what the turn adds to it: the
+*completion*, which is what the template makes the model write first, the content and the stop token (all supervised),
+and an *epilogue*, often a newline (not supervised). With ChatML:
 
     <|im_start|>user\\nHi<|im_end|>\\n<|im_start|>assistant\\n   Hello <|im_end|>   \\n
     prompt                                          weight 0   weight 1           epilogue, weight 0
@@ -18,26 +17,23 @@ Control ids come from the template only: look-alikes in content are disguised be
 import collections
 import dataclasses
 import hashlib
-import itertools
 import json
 from collections.abc import Sequence
-from dataclasses import dataclass, field
-
-import numpy as np
+from dataclasses import dataclass, replace
+from typing import Any
 
 from sft_jax.config_schema import DataConfig
-from sft_jax.data.control_tokens import Disguise
+from sft_jax.data.disguise import Disguise, disguise_conversation, texts_of
 from sft_jax.data.errors import RowError
-from sft_jax.data.stop_token import find_stop
+from sft_jax.data.example_builder import ExampleBuilder, Parts, join_parts, zero_within
+from sft_jax.data.template_probe import check_reasoning_is_chosen, probe_template
 from sft_jax.data.templates import ChatTemplate, TemplateError, load_template
 from sft_jax.data.tokenizer import Tokenizer, load_tokenizer
+from sft_jax.data.turns import Turn, render_turns
 from sft_jax.datatypes import ConfigError, Conversation, Document, Message, Origin, TokenizedExample
 
-RENDERING_VERSION = 1
+RENDERING_VERSION = 2
 """Raised when the same rows would give other ids or weights: part of the fingerprint."""
-
-Parts = list[int | str]
-"""A rendered text, cut into control ids and plain text."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -46,30 +42,42 @@ class RenderOptions:
 
     stop_token: str = ""
     unknown_tokens: str = "error"
-
-
-def open_renderer(data: DataConfig, model_path: str) -> "Renderer":
-    """The tokenizer and the chat template of a config, held against each other; each process that renders opens one."""
-    tokenizer = load_tokenizer(data.tokenizer or model_path, data.new_tokens)
-    template = load_template(data.chat_template, tokenizer, data.chat_template_kwargs)
-    options = {f.name: getattr(data, f.name) for f in dataclasses.fields(RenderOptions)}
-    return Renderer(tokenizer, template, RenderOptions(**options))
+    supervise: str = "all"
+    train_reasoning: bool = True
+    prompt_loss_weight: float = 0.0
+    averaging: str = "token"
 
 
 _DEFAULTS = RenderOptions()
+
+
+def open_renderer(data: DataConfig, model_path: str) -> "Renderer":
+    """The tokenizer and the chat template of a config, held against each other; each process that renders opens one.
+
+    Raises:
+      ConfigError: besides what `Renderer` raises, which form of a generation prompt is trained is left to chance.
+    """
+    tokenizer = load_tokenizer(data.tokenizer or model_path, data.new_tokens)
+    template = load_template(data.chat_template, tokenizer, data.chat_template_kwargs)
+    options = {f.name: getattr(data, f.name) for f in dataclasses.fields(RenderOptions)}
+    renderer = Renderer(tokenizer, template, RenderOptions(**options))
+    check_reasoning_is_chosen(template, renderer.facts.reasoning)
+    return renderer
 
 
 class Renderer:
     """Tokenizer and template together: examples for training and prompts for inference, from the same code.
 
     Attributes:
+      facts: what the probes of the template showed.
       stop_ids: ids that end an assistant turn; without a template, EOS.
-      counts: over all rows so far, `expanded`: turns that became examples of their own; `disguised`: conversations with
-        content that looks like control tokens; `unknown_tokens`: kept.
+      counts: over all rows so far: `turns` supervised; `expanded`: turns that became examples of their own;
+        `reasoning_split`: contents that opened with the template's reasoning marks; `control_text`: conversations with
+        text that a server which parses control tokens in text would feed differently; `unknown_tokens`: kept.
     """
 
     def __init__(self, tokenizer: Tokenizer, template: ChatTemplate, options: RenderOptions = _DEFAULTS):
-        """Check the template on a probe.
+        """Check the template on probes.
 
         Raises:
           ConfigError: the template's generation prompt is no prefix of the turn, it writes no stop token, or its
@@ -77,11 +85,11 @@ class Renderer:
         """
         self.tokenizer = tokenizer
         self.template = template
-        self.counts: collections.Counter[str] = collections.Counter()
         self.options = options
-        self._stop = find_stop(tokenizer, template, options.stop_token)
-        stop_id = tokenizer.token_id(self._stop.text)
-        self.stop_ids: tuple[int, ...] = () if stop_id is None else (stop_id,)
+        self.counts: collections.Counter[str] = collections.Counter()
+        self.facts = probe_template(tokenizer, template, options.stop_token)
+        stops = dict.fromkeys((self.facts.stop.text, self.facts.call_stop))
+        self.stop_ids: tuple[int, ...] = tuple(i for i in map(tokenizer.token_id, stops) if i is not None)
 
     def fingerprint(self) -> str:
         """sha256, hex, over everything that shapes ids and weights.
@@ -98,17 +106,19 @@ class Renderer:
         parts = [RENDERING_VERSION, self.tokenizer.fingerprint(), template, dataclasses.asdict(self.options)]
         return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
 
-    def prompt_ids(self, messages: Sequence[Message]) -> list[int]:
+    def prompt_ids(self, messages: Sequence[Message], tools: Sequence[dict[str, Any]] = ()) -> list[int]:
         """What inference feeds before an assistant turn that follows `messages`."""
-        messages, disguise = self._disguise(messages)
-        prompt = self.template.render(messages, add_generation_prompt=True)
+        asked = self._split_reasoning(Conversation(tuple(messages), Origin("", 0), tuple(tools)))
+        asked, disguise = disguise_conversation(asked, self.tokenizer.control, self.template.text)
+        prompt = self.template.render(asked.messages, add_generation_prompt=True, tools=asked.tools)
         return self.tokenizer.encode_parts(self._split(prompt, disguise))
 
     def render(self, row: Conversation | Document) -> list[TokenizedExample]:
         """The examples of a row: one, or more where turns cannot share one.
 
         Raises:
-          RowError: `no_assistant_turn`; `template`, which refuses these messages or treats a turn unlike the probe;
+          RowError: `no_assistant_turn`; `nothing_supervised`, all of whose turns have weight 0; `template`, which
+            refuses these messages or treats a turn unlike the probe; `template_leaves_out`, text of the row;
             `unknown_token`, unless these are kept.
           ConfigError: a conversation, and there is no template; a document, and the tokenizer has no EOS.
         """
@@ -131,66 +141,101 @@ class Renderer:
         bos_id = tokenizer.token_id(tokenizer.bos_token) if tokenizer.adds_bos else None
         text_ids = tokenizer.encode(document.text)
         self._check_unknown([document.text], [text_ids], document.origin)
-        ids = [*([] if bos_id is None else [bos_id]), *text_ids, eos_id]
-        return TokenizedExample.from_ids(ids, [1.0] * len(ids), document.origin)
+        example = ExampleBuilder()
+        example.append([[] if bos_id is None else [bos_id], text_ids, [eos_id]], weight=1.0)
+        return example.finish(document.origin, self.options.averaging)
 
     def _render_conversation(self, conversation: Conversation) -> list[TokenizedExample]:
         origin = conversation.origin
-        messages, disguise = self._disguise(conversation.messages)
-        turns = [i for i, message in enumerate(messages) if message.role == "assistant"]
-        if not turns:
-            raise RowError("no_assistant_turn", origin, "has no assistant turn to train on. Add one, or drop the row.")
-        self.counts["disguised"] += disguise is not None
-        examples: list[_Example] = []
-        for i in turns:
-            prompt, completion, epilogue = self._render_turn(messages, i, origin)
-            if examples and examples[-1].leads_to(prompt):
+        weights = self._turn_weights(conversation)
+        conversation = self._split_reasoning(conversation)
+        shown, disguise = disguise_conversation(conversation, self.tokenizer.control, self.template.text)
+        if disguise and any(map(self.tokenizer.control.holds, texts_of(conversation))):
+            self.counts["control_text"] += 1
+        turns = render_turns(self.template, self.facts, shown.messages, shown.tools, list(weights), origin)
+        examples: list[ExampleBuilder] = []
+        read = 0  # messages that stand in the examples so far
+        for (i, weight), turn in zip(weights.items(), turns, strict=True):
+            tool_result = any(message.role == "tool" for message in shown.messages[read:i])
+            prompt_weight = 0.0 if tool_result else self.options.prompt_loss_weight
+            if examples and examples[-1].leads_to(turn.prompt):
                 example = examples[-1]
             else:
-                example = _Example()
+                example = ExampleBuilder()
+                prompt_weight *= not examples  # the first example has had these messages
                 examples.append(example)
-            # Encode only what lies beyond the ids so far. Their last is a control token, where every text is cut.
-            beyond = prompt[example.stop_at :]
-            prompt_parts = self._split(beyond, disguise)
-            prompt_ids = self.tokenizer.encode_each(prompt_parts)
-            self._check_unknown(prompt_parts, prompt_ids, origin)
-            example.append(prompt_ids[1:] if example.ids else prompt_ids, weight=0.0)
-
-            parts = self._split(completion, disguise) + ([] if self._stop.is_written else [*self.stop_ids])
-            shares = i != turns[-1] and self._split(beyond + completion, disguise) == _join(prompt_parts, parts)
-            completion_ids, shares = self._encode_completion(prompt_parts, prompt_ids, parts, shares)
-            self._check_unknown(parts, completion_ids, origin)
-            example.append(completion_ids, weight=1.0)
-            example.text, example.epilogue, example.shares = prompt + completion, epilogue, shares
-            example.stop_at = len(example.text) - len(self._stop.text)
+            self._append_turn(example, turn, weight, prompt_weight, disguise, origin, is_last=turn is turns[-1])
+            read = i + 1
         for example in examples:
-            after_stop = self._split(self._stop.text + example.epilogue, disguise)
+            after_stop = self._split(example.stop + example.epilogue, disguise)
             example.append(self.tokenizer.encode_each(after_stop)[1:], weight=0.0)
+        self.counts["turns"] += len(turns)
         self.counts["expanded"] += len(examples) - 1
-        return [example.finish(origin) for example in examples]
+        return [example.finish(origin, self.options.averaging) for example in examples]
 
-    def _render_turn(self, messages: Sequence[Message], i: int, origin: Origin) -> tuple[str, str, str]:
-        """(prompt, completion through the stop token, epilogue) of assistant message `i`."""
-        prompt = self.template.render(messages[:i], add_generation_prompt=True)
-        whole = self.template.render(messages[: i + 1], add_generation_prompt=False)
-        where = f"chat template {self.template.name}, message {i + 1}"
-        for k in range(i - 1, -1, -1):
-            if messages[k].role == "assistant":
-                break  # checked with its own turn; from here on the template may rewrite history
-            if messages[k].role != "tool" and messages[k].content.strip() not in prompt:
-                what = f"chat template {self.template.name} leaves out message {k + 1}, of role {messages[k].role}"
-                raise RowError("template", origin, f"{what}. Take it out of the row, or choose another template.")
-        if not whole.startswith(prompt):
-            what = f"{where}: the prompt that asks for it is no prefix of the text with it"
-            raise RowError("template", origin, f"{what}. Choose another template.")
-        if not self._stop.is_written:
-            return prompt, whole[len(prompt) :], ""
-        end = whole.rfind(self._stop.text, len(prompt))
-        if end < 0:
-            what = f"{where}: is not followed by the stop token {self._stop.text!r}"
-            raise RowError("template", origin, f"{what}. Choose another template.")
-        end += len(self._stop.text)
-        return prompt, whole[len(prompt) : end], whole[end:]
+    def _turn_weights(self, conversation: Conversation) -> dict[int, float]:
+        """Number of each assistant message that is trained, ascending -> its weight, above 0."""
+        turns = [i for i, message in enumerate(conversation.messages) if message.role == "assistant"]
+        if not turns:
+            what = "has no assistant turn to train on. Add one, or drop the row."
+            raise RowError("no_assistant_turn", conversation.origin, what)
+        if self.options.supervise == "last":
+            turns = turns[-1:]
+        default = 0.0 if self.options.supervise == "weighted" else 1.0
+        weights = {i: conversation.messages[i].loss_weight for i in turns}
+        weights = {i: default if weight is None else weight for i, weight in weights.items()}
+        weights = {i: weight for i, weight in weights.items() if weight > 0}
+        if not weights:
+            what = f"has no turn of a weight above 0, with config.data.supervise = {self.options.supervise!r}"
+            raise RowError("nothing_supervised", conversation.origin, f"{what}. Give one a weight, or remove the row.")
+        return weights
+
+    def _split_reasoning(self, conversation: Conversation) -> Conversation:
+        """Assistant contents that open with the template's own marks, cut into reasoning and content: written out as
+        text, the marks would be text, and not what the model must write."""
+        marks = self.facts.reasoning
+        if marks is None or not any(marks.opens in message.content for message in conversation.messages):
+            return conversation
+        messages = list(conversation.messages)
+        for i, message in enumerate(messages):
+            head, opens, rest = message.content.partition(marks.opens)
+            reasoning, closes, content = rest.partition(marks.closes)
+            if message.role == "assistant" and opens and closes and not head.strip() and not message.reasoning:
+                messages[i] = replace(message, reasoning=reasoning.strip(), content=content.lstrip())
+                self.counts["reasoning_split"] += 1
+        return replace(conversation, messages=tuple(messages))
+
+    def _append_turn(
+        self,
+        example: ExampleBuilder,
+        turn: Turn,
+        weight: float,
+        prompt_weight: float,
+        disguise: Disguise | None,
+        origin: Origin,
+        is_last: bool,
+    ) -> None:
+        """The example grows by a turn and what stands before it."""
+        # Encode only what lies beyond the ids so far. Their last is a control token, where every text is cut.
+        beyond = turn.prompt[example.stop_at :]
+        prompt_parts = self._split(beyond, disguise)
+        prompt_ids = self.tokenizer.encode_each(prompt_parts)
+        self._check_unknown(prompt_parts, prompt_ids, origin)
+
+        is_written = self.facts.stop.is_written
+        parts = self._split(turn.completion, disguise) + ([] if is_written else [self.stop_ids[0]])
+        shares = not is_last and self._split(beyond + turn.completion, disguise) == join_parts(prompt_parts, parts)
+        ids, shares = self._encode_completion(prompt_parts, prompt_ids, parts, shares)
+        self._check_unknown(parts, ids, origin)
+
+        example.append(prompt_ids[1:] if example.ids else prompt_ids, prompt_weight)
+        if turn.message.reasoning and not self.options.train_reasoning:
+            reasoning = disguise.reveal(turn.message.reasoning) if disguise else turn.message.reasoning
+            for run_ids, is_reasoning in zero_within(parts, ids, reasoning.strip(), self.tokenizer):
+                example.append([run_ids], 0.0 if is_reasoning else weight)
+        else:
+            example.append(ids, weight)
+        example.end_turn(turn, shares)
 
     def _encode_completion(
         self, prompt: Parts, prompt_ids: list[list[int]], completion: Parts, shares: bool
@@ -216,14 +261,6 @@ class Renderer:
                 shares = prompt[-1] not in self.tokenizer.restarting
         return encode_each(completion, continuation=bool(prompt)), shares
 
-    def _disguise(self, messages: Sequence[Message]) -> tuple[Sequence[Message], Disguise | None]:
-        """Messages in which no content can be taken for a control token, and the way back."""
-        control = self.tokenizer.control
-        if not any(control.may_form_in(message.content) for message in messages):
-            return messages, None
-        disguise = Disguise(self.template.text + "".join(message.content for message in messages))
-        return [Message(m.role, control.disguise(m.content, disguise)) for m in messages], disguise
-
     def _split(self, text: str, disguise: Disguise | None) -> Parts:
         parts = self.tokenizer.control.split(text)
         if disguise:
@@ -242,37 +279,3 @@ class Renderer:
             names = ", ".join(f"{c!r} (U+{ord(c):04X})" for c in unknown[:5]) or "a part of it"
             message = f"the tokenizer cannot express {names}. Fix the row, or set config.data.unknown_tokens."
             raise RowError("unknown_token", origin, message)
-
-
-@dataclass
-class _Example:
-    """An example that grows turn by turn."""
-
-    ids: list[int] = field(default_factory=list)
-    weights: list[float] = field(default_factory=list)  # one per call of append, with
-    counts: list[int] = field(default_factory=list)  # the number of ids that have it
-    text: str = ""  # rendered so far, through the last stop token
-    stop_at: int = 0  # where in `text` that stop token begins
-    epilogue: str = ""  # what the template writes after it
-    shares: bool = False  # whether a later prompt that begins with `text` begins with `ids` too
-
-    def leads_to(self, prompt: str) -> bool:
-        return self.shares and prompt.startswith(self.text)
-
-    def append(self, ids: list[list[int]], weight: float) -> None:
-        """Ids and weights grow by one call, so that they cannot part."""
-        before = len(self.ids)
-        self.ids.extend(itertools.chain.from_iterable(ids))
-        self.weights.append(weight)
-        self.counts.append(len(self.ids) - before)
-
-    def finish(self, origin: Origin) -> TokenizedExample:
-        weights = np.repeat(np.array(self.weights, np.float32), self.counts)
-        return TokenizedExample.from_ids(np.array(self.ids, np.int32), weights, origin)
-
-
-def _join(prompt: Parts, completion: Parts) -> Parts:
-    """The parts of two texts as the parts of one."""
-    if prompt and isinstance(prompt[-1], str) and isinstance(completion[0], str):
-        return [*prompt[:-1], prompt[-1] + completion[0], *completion[1:]]
-    return prompt + completion

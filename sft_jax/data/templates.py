@@ -47,6 +47,7 @@ class ChatTemplate:
           ConfigError: a syntax error, or a `now` that is no ISO date.
         """
         self.name = name
+        self._raw, self._given = text, variables
         self.kwargs = dict(kwargs)
         self.reads_clock = False
         self._now = _read_date(kwargs["now"]) if "now" in kwargs else None
@@ -65,7 +66,24 @@ class ChatTemplate:
         self.text = _default_variables(kwargs) + text if text else ""
         self._template = environment.from_string(self.text)
 
-    def render(self, messages: Sequence[Message], add_generation_prompt: bool) -> str:
+    @property
+    def variables_read(self):
+        import jinja2.meta
+
+        env = self._template.environment
+        return jinja2.meta.find_undeclared_variables(env.parse(self.text)) - {
+            *_RESERVED,
+            "raise_exception",
+            "strftime_now",
+        }
+
+    def with_kwargs(self, kwargs):
+        return ChatTemplate(self.name, self._raw, self._given, {**self.kwargs, **kwargs})
+
+    def render_each(self, requests, tools=()):
+        return [self.render(messages, prompt, tools) for messages, prompt in requests]
+
+    def render(self, messages: Sequence[Message], add_generation_prompt: bool, tools=()) -> str:
         """The text of a conversation.
 
         Args:
@@ -82,7 +100,8 @@ class ChatTemplate:
             )
         variables = {
             **self._variables,
-            "messages": [{"role": message.role, "content": message.content} for message in messages],
+            "messages": [_as_dict(message) for message in messages],
+            "tools": list(tools) or None,
             "add_generation_prompt": add_generation_prompt,
         }
         template = self._template
@@ -130,6 +149,22 @@ def load_template(chat_template: str, tokenizer: Tokenizer, kwargs: Mapping[str,
     if not text.strip():
         raise ConfigError(f"config.data.chat_template: {chat_template} is empty. Write a template into it.")
     return ChatTemplate(chat_template, text, tokenizer.special_tokens, kwargs)
+
+
+def _as_dict(m):
+    d = {"role": m.role, "content": m.content}
+    if m.reasoning:
+        d["reasoning_content"] = d["thinking"] = d["reasoning"] = m.reasoning
+    if m.tool_calls:
+        d["tool_calls"] = [
+            {"id": c.id, "type": "function", "function": {"name": c.name, "arguments": c.arguments}}
+            for c in m.tool_calls
+        ]
+    if m.tool_call_id:
+        d["tool_call_id"] = m.tool_call_id
+    if m.name:
+        d["name"] = m.name
+    return d
 
 
 def _read_date(value: Any) -> datetime:

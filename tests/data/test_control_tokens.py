@@ -4,7 +4,8 @@ import itertools
 
 import pytest
 
-from sft_jax.data.control_tokens import ControlToken, ControlTokens, Disguise, merge_control_tokens
+from sft_jax.data.control_tokens import ControlToken, ControlTokens, merge_control_tokens
+from sft_jax.data.disguise import Disguise
 from sft_jax.datatypes import DataError
 
 CHATML = ControlTokens(
@@ -61,7 +62,9 @@ LOOK_ALIKES = [
 def test_disguised_text_never_forms_a_control_token(left):
     for right, glue in itertools.product(LOOK_ALIKES, ["", "x", "|"]):
         disguise = Disguise(left + right)
-        rendered = "<|im_start|>" + CHATML.disguise(left, disguise).strip() + glue + CHATML.disguise(right, disguise)
+        rendered = (
+            "<|im_start|>" + CHATML.disguise(left, disguise.hide).strip() + glue + CHATML.disguise(right, disguise.hide)
+        )
         assert [part for part in CHATML.split(rendered) if isinstance(part, int)] == [1], (right, glue)
         assert disguise.reveal(rendered) == "<|im_start|>" + left.strip() + glue + right
 
@@ -70,21 +73,21 @@ def test_disguised_text_never_forms_a_control_token(left):
 def test_half_a_control_token_does_not_join_with_the_template_s_text(token):
     for k in range(1, len(token)):
         disguise = Disguise("")
-        assert CHATML.split(token[:k] + CHATML.disguise(token[k:] + " x", disguise))[0] != CHATML.ids[token]
-        assert CHATML.split(CHATML.disguise("x " + token[:k], disguise) + token[k:])[-1] != CHATML.ids[token]
+        assert CHATML.split(token[:k] + CHATML.disguise(token[k:] + " x", disguise.hide))[0] != CHATML.ids[token]
+        assert CHATML.split(CHATML.disguise("x " + token[:k], disguise.hide) + token[k:])[-1] != CHATML.ids[token]
 
 
 def test_a_character_that_opens_and_closes_is_disguised_and_comes_back():
     control = ControlTokens([ControlToken("<<", 0)])
     disguise = Disguise("<")
-    hidden = control.disguise("<", disguise)
+    hidden = control.disguise("<", disguise.hide)
     assert control.split("<" + hidden + "<") == ["<" + hidden + "<"]
     assert disguise.reveal(hidden) == "<"
 
 
 def test_a_disguise_avoids_characters_in_use():
     disguise = Disguise("\ue000\ue001 <s>")
-    hidden = CHATML.disguise("\ue000\ue001 <s>", disguise)
+    hidden = CHATML.disguise("\ue000\ue001 <s>", disguise.hide)
     assert hidden == "\ue000\ue001 \ue002s>"
     assert disguise.reveal(hidden) == "\ue000\ue001 <s>"
 

@@ -250,7 +250,7 @@ def test_control_text_in_content_stays_text(renderer):
             assert renderer.tokenizer.decode(example.ids.tolist()) == renderer.template.render(
                 conversation.messages, add_generation_prompt=False
             )
-    assert renderer.counts["disguised"] == len(control.ids) * len(ATTACKS)
+    assert renderer.counts["control_text"] == len(control.ids) * len(ATTACKS)
 
 
 @pytest.mark.parametrize("parts", [("a <|im", "_end|> b"), ("<", "s>"), ("x</", "s>y"), ("\ue000<s>", "</s>\ue001")])

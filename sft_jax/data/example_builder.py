@@ -1,0 +1,83 @@
+"""An example that grows turn by turn: ids and weights appended by one call, so that they cannot part."""
+
+import itertools
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+
+import numpy as np
+
+from sft_jax.data.tokenizer import Tokenizer
+from sft_jax.data.turns import Turn
+from sft_jax.datatypes import Origin, TokenizedExample
+
+Parts = list[int | str]
+"""A rendered text, cut into control ids and plain text."""
+
+
+@dataclass
+class ExampleBuilder:
+    """See the module's text. `leads_to` says whether the next turn may join."""
+
+    ids: list[int] = field(default_factory=list)
+    weights: list[float] = field(default_factory=list)  # one per call of append, with
+    counts: list[int] = field(default_factory=list)  # the number of ids that have it
+    text: str = ""  # rendered so far, through the last stop token
+    stop: str = ""  # that stop token, and
+    stop_at: int = 0  # where in `text` it begins
+    epilogue: str = ""  # what the template writes after it
+    shares: bool = False  # whether a later prompt that begins with `text` begins with `ids` too
+
+    def leads_to(self, prompt: str) -> bool:
+        return self.shares and prompt.startswith(self.text)
+
+    def append(self, ids: Sequence[Sequence[int]], weight: float) -> None:
+        before = len(self.ids)
+        self.ids.extend(itertools.chain.from_iterable(ids))
+        self.weights.append(weight)
+        self.counts.append(len(self.ids) - before)
+
+    def end_turn(self, turn: Turn, shares: bool) -> None:
+        """The ids so far are those of `turn.prompt + turn.completion`."""
+        self.text, self.stop, self.epilogue = turn.prompt + turn.completion, turn.stop, turn.epilogue
+        self.stop_at = len(self.text) - len(turn.stop)
+        self.shares = shares
+
+    def finish(self, origin: Origin, averaging: str) -> TokenizedExample:
+        """`averaging` as in `config.data`: by `example`, the weights of the example sum to 1."""
+        weights = np.repeat(np.array(self.weights, np.float32), self.counts)
+        if averaging == "example":
+            weights /= max(weights[1:].sum(dtype=np.float64), np.finfo(np.float32).tiny)  # the first is never a target
+        return TokenizedExample.from_ids(np.array(self.ids, np.int32), weights, origin)
+
+
+def join_parts(prompt: Parts, completion: Parts) -> Parts:
+    """The parts of two texts as the parts of one."""
+    if prompt and isinstance(prompt[-1], str) and isinstance(completion[0], str):
+        return [*prompt[:-1], prompt[-1] + completion[0], *completion[1:]]
+    return prompt + completion
+
+
+def zero_within(
+    parts: Parts, ids: Sequence[Sequence[int]], text: str, tokenizer: Tokenizer
+) -> Iterator[tuple[Sequence[int], bool]]:
+    """Runs of the ids of a completion, in order, each with whether it lies within `text`, which one part holds.
+
+    A token that straddles the border counts as outside.
+    """
+    found = False
+    for part, part_ids in zip(parts, ids, strict=True):
+        at = part.find(text) if isinstance(part, str) and not found else -1
+        if at < 0:
+            yield part_ids, False
+            continue
+        assert isinstance(part, str)
+        found = True
+        start, end = (
+            _num_shared(tokenizer.encode(part[:k], continuation=True), part_ids) for k in (at, at + len(text))
+        )
+        yield from ((part_ids[:start], False), (part_ids[start:end], True), (part_ids[end:], False))
+
+
+def _num_shared(a: Sequence[int], b: Sequence[int]) -> int:
+    """Length of the common beginning."""
+    return next((k for k, (x, y) in enumerate(zip(a, b, strict=False)) if x != y), min(len(a), len(b)))

@@ -1,0 +1,132 @@
+"""A conversation's text, turn by turn: what inference feeds before a turn, what the turn adds, verified.
+
+For each turn the template is asked twice: for the messages before it with the generation prompt, and for the messages
+up to it. The second must begin with the first, hold the turn's own text, and end it with the stop token. Nothing of a
+message may be missing from either: what a template leaves out, inference would not see.
+"""
+
+import json
+from collections.abc import Iterator, Sequence
+from typing import Any, NamedTuple
+
+from sft_jax.data.disguise import strings_in
+from sft_jax.data.errors import RowError
+from sft_jax.data.template_probe import TemplateFacts
+from sft_jax.data.templates import ChatTemplate
+from sft_jax.datatypes import Message, Origin
+
+
+class Turn(NamedTuple):
+    """One assistant turn as the template writes it: `prompt + completion + epilogue`."""
+
+    message: Message
+    prompt: str  # what inference feeds
+    completion: str  # what the model must write, through the stop token where the template writes one
+    epilogue: str  # what stands after the stop token
+    stop: str
+
+
+def render_turns(
+    template: ChatTemplate,
+    facts: TemplateFacts,
+    messages: Sequence[Message],
+    tools: Sequence[dict[str, Any]],
+    turns: Sequence[int],
+    origin: Origin,
+) -> list[Turn]:
+    """The turns of the given message numbers, which are ascending and assistant's.
+
+    Raises:
+      TemplateError: the template does not take these messages.
+      RowError: `template`: a turn cannot be verified; `template_leaves_out`: text of the row is not in what it renders.
+    """
+    requests = [(messages[: i + after], not after) for i in turns for after in (0, 1)]
+    texts = template.render_each(requests, tools)
+    rendered = []
+    first_new = 0  # message that no earlier turn has been checked with
+    for i, prompt, whole in zip(turns, texts[::2], texts[1::2], strict=True):
+        where = f"chat template {template.name}, message {i + 1}"
+        if not whole.startswith(prompt):
+            at = next(k for k in range(len(whole) + 1) if whole[: k + 1] != prompt[: k + 1])
+            what = (
+                f"{where}: the prompt that asks for it is no prefix of the text with it: the first goes on with "
+                f"{_head_of(prompt[at:])}, the second with {_head_of(whole[at:])}"
+            )
+            raise RowError("template", origin, f"{what}. Choose another template.")
+        message = messages[i]
+        stop = facts.call_stop if message.tool_calls else facts.stop.text
+        end = len(whole)
+        if facts.stop.is_written:
+            end = whole.rfind(stop, len(prompt)) + len(stop)
+            if end < len(stop):
+                what = f"{where}: is not followed by the stop token {stop!r}"
+                raise RowError("template", origin, f"{what}. Choose another template.")
+        completion = whole[len(prompt) : end]
+        missing = [
+            *(name for name in map(_name_of, tools if not first_new else ()) if not _holds(prompt, name)),
+            *(text for k in range(first_new, i) for text in _texts_before(messages[k]) if not _holds(prompt, text)),
+        ]
+        if missing or any(not _holds(completion, text) for text in _texts_of(message)):
+            what = _what_is_missing(messages, tools, first_new, i, prompt, completion)
+            raise RowError(
+                "template_leaves_out",
+                origin,
+                f"chat template {template.name} leaves out {what}. Take it out of the row, or choose another template.",
+            )
+        rendered.append(Turn(message, prompt, completion, whole[end:], stop))
+        first_new = i + 1
+    return rendered
+
+
+def _head_of(text: str) -> str:
+    """The beginning of a text, for a message."""
+    return repr(text[:24]) if text else "nothing"
+
+
+def _holds(text: str, part: str) -> bool:
+    """Whether a template has written `part`, but for the whitespace around it and JSON's escapes."""
+    part = part.strip()
+    return part in text or json.dumps(part, ensure_ascii=False)[1:-1] in text or json.dumps(part)[1:-1] in text
+
+
+def _texts_before(message: Message) -> Iterator[str]:
+    """What a prompt must hold of a message that no earlier turn was checked with.
+
+    Of assistant turns that are not trained, nothing: templates rewrite history.
+    """
+    if message.role != "assistant":
+        yield message.content
+
+
+def _texts_of(message: Message) -> Iterator[str]:
+    """What a turn must hold of its message."""
+    yield message.content
+    if message.reasoning:
+        yield message.reasoning
+    for call in message.tool_calls:
+        yield call.name
+        yield from strings_in(call.arguments)
+
+
+def _name_of(tool: dict[str, Any]) -> str:
+    """The name that a schema gives its tool; empty where it has another shape."""
+    function = tool.get("function", tool)
+    name = function.get("name") if isinstance(function, dict) else None
+    return name if isinstance(name, str) else ""
+
+
+def _what_is_missing(
+    messages: Sequence[Message], tools: Sequence[dict], first: int, i: int, prompt: str, completion: str
+) -> str:
+    """Names the first thing that a template has left out, without showing it."""
+    if first == 0 and not all(_holds(prompt, _name_of(tool)) for tool in tools):
+        return "the row's tools"
+    for k in range(first, i):
+        if not all(_holds(prompt, text) for text in _texts_before(messages[k])):
+            return f"message {k + 1}, of role {messages[k].role}"
+    message = messages[i]
+    if not _holds(completion, message.content):
+        return f"the content of message {i + 1}" + (", which calls tools" if message.tool_calls else "")
+    if not _holds(completion, message.reasoning):
+        return f"the reasoning of message {i + 1}"
+    return f"a tool call, or an argument of one, of message {i + 1}"
