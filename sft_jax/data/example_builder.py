@@ -44,7 +44,12 @@ class ExampleBuilder:
 
     def finish(self, origin: Origin, averaging: str) -> TokenizedExample:
         """`averaging` as in `config.data`: by `example`, the weights of the example sum to 1."""
-        weights = np.repeat(np.array(self.weights, np.float32), self.counts)
+        weights = np.zeros(len(self.ids), np.float32)
+        at = 0
+        for weight, count in zip(self.weights, self.counts, strict=True):
+            if weight:
+                weights[at : at + count] = weight
+            at += count
         if averaging == "example":
             weights /= max(weights[1:].sum(dtype=np.float64), np.finfo(np.float32).tiny)  # the first is never a target
         return TokenizedExample.from_ids(np.array(self.ids, np.int32), weights, origin)

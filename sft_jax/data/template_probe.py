@@ -46,7 +46,8 @@ class ReasoningMarks(NamedTuple):
 
 @dataclass(frozen=True)
 class TemplateFacts:
-    """What the probes showed. `call_stop` ends a turn that calls tools; it is `stop.text` for most templates."""
+    """What the probes showed. `call_stop` ends a turn that calls tools; it is `stop.text` for most templates, and may be
+    no token of the tokenizer where no row calls a tool."""
 
     stop: StopToken
     call_stop: str
@@ -126,9 +127,13 @@ def _find_call_stop(tokenizer: Tokenizer, template: ChatTemplate, stop: StopToke
         text = template.render((_USER, _CALLING), add_generation_prompt=False, tools=(_SCHEMA,))
     except TemplateError:
         return stop.text  # it takes no tools, and will say so of a row that has some
-    _, _, after = text.partition(_CALL.arguments["probe_key"])
-    control = [tokenizer.control.texts[part] for part in tokenizer.control.split(after) if isinstance(part, int)]
-    return stop.text if stop.text in control or not control else control[-1]
+    _, _, after = text.rpartition(_CALL.arguments["probe_key"])
+    parts = tokenizer.control.split(after)
+    control = [tokenizer.control.texts[part] for part in parts if isinstance(part, int)]
+    if stop.text in control or not stop.is_written:
+        return stop.text
+    unknown = [marker for part in parts if isinstance(part, str) for marker in _MARKER.findall(part)]
+    return [stop.text, *control, *unknown][-1]
 
 
 def _find_reasoning(template: ChatTemplate) -> ReasoningMarks | None:
