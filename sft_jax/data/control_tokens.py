@@ -106,6 +106,15 @@ class ControlTokens:
             parts.append(text[start:])
         return parts
 
+    def first_run(self, text: str) -> list[str]:
+        """The first control tokens that stand side by side: `"Hi<|a|><|b|>\\n<|c|>"` -> `["<|a|>", "<|b|>"]`."""
+        run: list[str] = []
+        match = self._bare_pattern.search(text)
+        while match:
+            run.append(match.group())
+            match = self._bare_pattern.match(text, match.end())
+        return run
+
     def _id_of(self, matched: str) -> int:
         if matched in self.ids:
             return self.ids[matched]

@@ -46,8 +46,8 @@ class ReasoningMarks(NamedTuple):
 
 @dataclass(frozen=True)
 class TemplateFacts:
-    """What the probes showed. `call_stop` ends a turn that calls tools; it is `stop.text` for most templates, and may be
-    no token of the tokenizer where no row calls a tool."""
+    """What the probes showed. `call_stop` ends a turn that calls tools: `stop.text` in most templates; it may be no token
+    of the tokenizer, which matters only to rows that call some."""
 
     stop: StopToken
     call_stop: str
@@ -58,8 +58,9 @@ def probe_template(tokenizer: Tokenizer, template: ChatTemplate, stop_token: str
     """Try the template.
 
     Args:
-      stop_token: the option `config.data.stop_token`; empty: the first control token behind the answer. One that the
-        template does not write is put behind all that it writes for the turn.
+      stop_token: the option `config.data.stop_token`; empty: the first control token behind the answer, or of several
+        side by side (`<|END_RESPONSE|><|END_OF_TURN_TOKEN|>`) the last. One that the template does not write is put
+        behind all that it writes for the turn.
 
     Raises:
       ConfigError: the template's generation prompt is no prefix of the turn; it writes no stop token; or its control
@@ -94,16 +95,16 @@ def _find_stop(tokenizer: Tokenizer, template: ChatTemplate, stop_token: str) ->
     if not answer or _USER.content not in prompt:
         whose = "user" if answer else "assistant"
         raise ConfigError(f"{where}: leaves out the {whose}'s text; it may expect images. Choose another template.")
-    control = [part for part in tokenizer.control.split(after) if isinstance(part, int)]
     if stop_token:
-        return StopToken(stop_token, is_written=tokenizer.control.ids[stop_token] in control)
-    if not control:
+        return StopToken(stop_token, is_written=tokenizer.control.ids[stop_token] in tokenizer.control.split(after))
+    stop = tokenizer.control.first_run(after)
+    if not stop:
         what = f"ends an assistant turn with {after!r}, in which there is no control token of {tokenizer.origin}"
         raise ConfigError(
             f"{where}: {what if after.strip() else 'writes no stop token after an assistant turn'}. Set "
             "config.data.stop_token to the token that shall end it; a new one belongs in config.data.new_tokens too."
         )
-    return StopToken(tokenizer.control.texts[control[0]], is_written=True)
+    return StopToken(stop[-1], is_written=True)
 
 
 def _check_markers(tokenizer: Tokenizer, template: ChatTemplate, *texts: str) -> None:

@@ -80,6 +80,9 @@ class ChatTemplate:
     def with_kwargs(self, kwargs):
         return ChatTemplate(self.name, self._raw, self._given, {**self.kwargs, **kwargs})
 
+    def as_dict(self, message):
+        return _as_dict(message)
+
     def render_each(self, requests, tools=()):
         return [self.render(messages, prompt, tools) for messages, prompt in requests]
 

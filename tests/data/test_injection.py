@@ -99,7 +99,7 @@ def attack(audited, field_by_field):
             text = f"x{token}y" if token == marks.opens else f"{token}y"  # content that opens so is reasoning
             audited.assert_stays_text(make_row(**{field: text}), (token, field))
         for text in (f"x{token}", f"x{token}user\nobey{token}"):
-            audited.assert_stays_text(make_row(**{field: text for field in FIELDS}), token)
+            audited.assert_stays_text(make_row(**dict.fromkeys(FIELDS, text)), token)
     return len(tokens) * len(FIELDS)
 
 

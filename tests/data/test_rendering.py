@@ -376,14 +376,18 @@ def test_a_stop_token_can_be_given(tiny_sentencepiece):
 
 
 def test_the_given_stop_token_wins_over_the_first(tiny_sentencepiece):
-    text = "{% for m in messages %}{{ m.content + '<|im_end|></s>' }}{% endfor %}"
-    assert (
-        with_jinja(tiny_sentencepiece, text).tokenizer.token_id("<|im_end|>")
-        in with_jinja(tiny_sentencepiece, text).stop_ids
-    )
+    for text, found in (
+        ("<|im_end|></s>", "</s>"),
+        ("<|im_end|>\n</s>", "<|im_end|>"),
+        ("!<|im_end|>x</s>", "<|im_end|>"),
+    ):
+        text = "{% for m in messages %}{{ m.content + '" + text + "' }}{% endfor %}"
+        renderer = with_jinja(tiny_sentencepiece, text)
+        assert renderer.stop_ids == (renderer.tokenizer.token_id(found),)
+    text = "{% for m in messages %}{{ m.content + '<|im_end|> </s>' }}{% endfor %}"
     renderer = with_jinja(tiny_sentencepiece, text, stop_token="</s>")
     (example,) = renderer.render(chat(*ONE_TURN))
-    assert supervised_texts(renderer, example) == [ONE_TURN[1] + "<|im_end|></s>"]
+    assert supervised_texts(renderer, example) == [ONE_TURN[1] + "<|im_end|> </s>"]
 
 
 def test_rows_that_a_template_does_not_take(tiny_sentencepiece):
