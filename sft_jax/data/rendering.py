@@ -64,8 +64,8 @@ class Renderer:
 
     Attributes:
       stop_ids: ids that end an assistant turn; without a template, EOS.
-      counts: over all rows so far, `expanded`: turns that became examples of their own; `disguised`: conversations with
-        content that looks like control tokens; `unknown_tokens`: kept.
+      counts: over all rows so far, `turns`: those trained on; `expanded`: turns that became examples of their own;
+        `disguised`: conversations with content that looks like control tokens; `unknown_tokens`: kept.
     """
 
     def __init__(self, tokenizer: Tokenizer, template: ChatTemplate, options: RenderOptions = _DEFAULTS):
@@ -141,6 +141,7 @@ class Renderer:
         if not turns:
             raise RowError("no_assistant_turn", origin, "has no assistant turn to train on. Add one, or drop the row.")
         self.counts["disguised"] += disguise is not None
+        self.counts["turns"] += len(turns)
         examples: list[_Example] = []
         for i in turns:
             prompt, completion, epilogue = self._render_turn(messages, i, origin)
