@@ -25,12 +25,12 @@ h1 { font-size: 1.5rem; margin: 0; } h2 { font-size: 1.1rem; margin: 2.2rem 0 .6
 p, figure { margin: .3rem 0; } .soft { color: var(--soft); }
 section, .facts div, table, figure { background: var(--card); border: 1px solid var(--line); border-radius: 8px; }
 .facts { display: flex; flex-wrap: wrap; gap: .7rem; margin-top: 1.2rem; }
-.facts div { padding: .5rem .9rem; min-width: 7rem; } .facts b { display: block; font-size: 1.25rem; }
+.facts div { flex: 1; padding: .5rem .9rem; white-space: nowrap; } .facts b { display: block; font-size: 1.25rem; }
 table { border-collapse: separate; border-spacing: 0; width: 100%; font-variant-numeric: tabular-nums; }
 th, td { padding: .35rem .8rem; text-align: right; border-top: 1px solid var(--line); vertical-align: top; }
 tr:first-child th { border: 0; color: var(--soft); font-weight: 500; }
 th:first-child, td:first-child, .lost td + td + td { text-align: left; } .lost td { font-size: .9em; }
-.lost td:first-child { padding-left: 2rem; color: var(--soft); }
+.lost td:first-child { padding-left: 2rem; color: var(--soft); white-space: nowrap; }
 figure { padding: .8rem; } svg { display: block; width: 100%; height: auto; } svg rect { fill: var(--bar); }
 svg text { fill: var(--soft); font: 11px system-ui, sans-serif; text-anchor: middle; }
 section { margin-bottom: 1rem; padding: .9rem 1rem; overflow: hidden; } h3 { font-size: 1rem; margin: 0 0 .5rem; }
@@ -81,7 +81,7 @@ def _facts(report: dict[str, Any]) -> Iterator[str]:
         "examples": f"{report['examples']:,}",
         "tokens": f"{report['tokens']:,}",
         "supervised": f"{report['supervised_fraction']:.1%}",
-        "packed rows an epoch": f"{report['rows_per_epoch']:,}",
+        "rows an epoch": f"{report['rows_per_epoch']:,}",
         f"fill of {report['max_seq_len']:,} tokens": f"{report['fill_fraction']:.1%}",
         "steps an epoch": f"{report['steps_per_epoch']:,.1f}",
         "steps": f"{report['num_steps']:,}",
@@ -101,12 +101,25 @@ def _source_table(sources: dict[str, dict[str, Any]]) -> Iterator[str]:
         cells = "".join(f"<td>{source[number]:,}</td>" for number in numbers)
         where = f"{source['path']}: {balance(source)}"
         yield f'<tr><td title="{escape(where)}">{escape(name)}</td>{cells}</tr>'
-        for kind in ("bad", "dropped"):
-            for reason, lost in source[kind].items():
-                first = "<br>".join(escape(f"{row['origin']}: {row['message']}") for row in lost["first"])
-                yield f'<tr class="lost"><td>{kind}: {escape(reason)}</td><td>{lost["count"]:,}</td>'
-                yield f'<td colspan="{len(numbers) - 1}">{first}</td></tr>'
+        for what, count, notes in _source_notes(source):
+            yield f'<tr class="lost"><td>{escape(what)}</td><td>{count:,}</td>'
+            yield f'<td colspan="{len(numbers) - 1}">{"<br>".join(map(escape, notes))}</td></tr>'
     yield "</table>"
+
+
+def _source_notes(source: dict[str, Any]) -> Iterator[tuple[str, int, list[str]]]:
+    """(what, how many, what there is to say of it) of all else that was counted."""
+    for kind in ("bad", "dropped"):
+        for reason, lost in source[kind].items():
+            yield f"{kind}: {reason}", lost["count"], [f"{row['origin']}: {row['message']}" for row in lost["first"]]
+    if source["rows_shortened"]:
+        what = f"lost {source['turns_lost']:,} turns, {source['supervised_tokens_lost']:,} supervised tokens"
+        yield "shortened", source["rows_shortened"], [what]
+    for name, count in source["rendering"].items():
+        if name != "turns":
+            yield name.replace("_", " "), count, ["counted by the renderer"]
+    for name, count in source["ignored_fields"].items():
+        yield f"field {name}", count, ["rows have it; it is not read"]
 
 
 def _histogram(sources: Iterable[dict[str, Any]]) -> Iterator[str]:

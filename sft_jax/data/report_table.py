@@ -6,8 +6,6 @@ from typing import Any
 from rich.markup import escape
 from rich.table import Table
 
-from sft_jax.data.report import NUM_SHOWN
-
 Line = tuple[str, str, str]
 """What is counted, how many, and what there is to say of it."""
 
@@ -17,10 +15,10 @@ _BAR_WIDTH = 24
 
 def report_table(report: dict[str, Any]) -> Table:
     """Source by source, and then what packing made of them all."""
-    table = Table(show_edge=False, pad_edge=False)
-    table.add_column("", no_wrap=True)
-    table.add_column("count", justify="right", no_wrap=True)
-    table.add_column(f"the first {NUM_SHOWN}; shares", overflow="fold")
+    table = Table(show_edge=False, pad_edge=False, show_header=False)
+    table.add_column(no_wrap=True)
+    table.add_column(justify="right", no_wrap=True)
+    table.add_column(overflow="fold")
     for name, source in report["sources"].items():
         table.add_row(escape(name), style="bold")
         for line in _source_lines(source):
