@@ -10,13 +10,14 @@ from rich.console import Console
 from rich.text import Text
 
 from sft_jax.command_line import run_command
+from sft_jax.config import from_config_dict
+from sft_jax.config_schema import DataConfig, SourceConfig
 from sft_jax.data.conversations import detect_format, parse_row
 from sft_jax.data.errors import RowError
 from sft_jax.data.preview import preview_tokens, weights_of
-from sft_jax.data.rendering import Renderer, RenderOptions
+from sft_jax.data.rendering import Renderer, open_renderer
 from sft_jax.data.sources import read_rows
-from sft_jax.data.templates import load_template
-from sft_jax.data.tokenizer import Tokenizer, load_tokenizer
+from sft_jax.data.tokenizer import Tokenizer
 from sft_jax.datatypes import ConfigError, DataError, RawRow, TokenizedExample
 
 
@@ -37,12 +38,12 @@ def main(args: list[str]) -> int:
     parser.add_argument("--stop-token", default="", metavar="T", help="as config.data.stop_token")
     parser.add_argument("--json", action="store_true", help="one object a row: origin, ids, loss_weights, text")
     options = parser.parse_args(args)
-    tokenizer = load_tokenizer(options.tokenizer, tuple(filter(None, options.new_tokens.split(","))))
-    template = load_template(options.template, tokenizer, read_kwargs(options.template_kwargs))
-    renderer = Renderer(tokenizer, template, RenderOptions(stop_token=options.stop_token))
+    data = data_config(options)
+    renderer = open_renderer(data, options.tokenizer)
+    tokenizer = renderer.tokenizer
 
     console, num_refused = Console(), 0
-    for result in render_rows(options.input, options.format, renderer):
+    for result in render_rows(data.train[0], renderer):
         num_refused += isinstance(result, RowError)
         if options.json:
             print(json.dumps(result_to_json(result, tokenizer)))
@@ -51,19 +52,28 @@ def main(args: list[str]) -> int:
     return DataError.exit_code if num_refused else 0
 
 
-def read_kwargs(text: str) -> dict[str, Any]:
+def data_config(options: argparse.Namespace) -> DataConfig:
+    """The options through the door that a config's fields come through, so that they are checked alike."""
     try:
-        kwargs = json.loads(text)
+        kwargs = json.loads(options.template_kwargs)
     except json.JSONDecodeError as error:
+        text = options.template_kwargs
         raise ConfigError(f'--template-kwargs: {text} is not JSON: {error}. Write {{"name": value}}.') from error
-    if not isinstance(kwargs, dict):
-        raise ConfigError(f'--template-kwargs: {text} is no object. Write {{"name": value}}.')
-    return kwargs
+    data = {
+        "train": [{"path": options.input, "format": options.format}],
+        "tokenizer": options.tokenizer,
+        "chat_template": options.template,
+        "chat_template_kwargs": kwargs,
+        "new_tokens": [token for token in options.new_tokens.split(",") if token],
+        "stop_token": options.stop_token,
+    }
+    return from_config_dict({"data": data, "model": {"path": options.tokenizer}}).data
 
 
-def render_rows(path: str, format: str, renderer: Renderer) -> Iterator[list[TokenizedExample] | RowError]:
+def render_rows(source: SourceConfig, renderer: Renderer) -> Iterator[list[TokenizedExample] | RowError]:
     """The examples of each row, or why it has none. The format that the first row shows is every row's."""
-    for row in read_rows(path):
+    format = source.format
+    for row in read_rows(source.path):
         try:
             if not isinstance(row, RawRow):
                 raise RowError(row.reason, row.origin, row.message)
