@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 
 from sft_jax.data.preview import Segment, glyphs_of, runs_of, segments_of
-from sft_jax.data.report_table import balance, length_range
+from sft_jax.data.report_table import LOST_TO_LENGTH, balance, length_range
 from sft_jax.data.tokenizer import Tokenizer
 from sft_jax.datatypes import PackedRow
 
@@ -94,7 +94,7 @@ def _facts(report: dict[str, Any]) -> Iterator[str]:
 
 def _source_table(sources: dict[str, dict[str, Any]]) -> Iterator[str]:
     rows = ("rows_read", "rows_trained", "rows_bad", "rows_dropped", "rows_not_taken")
-    numbers = (*rows, "turns", "examples", "tokens", "supervised_tokens", "tokens_lost")
+    numbers = (*rows, "turns", "examples", "tokens", "supervised_tokens")
     headings = "".join(f"<th>{name.removeprefix('rows_').replace('_', ' ')}</th>" for name in numbers)
     yield f"<table><tr><th>source</th>{headings}</tr>"
     for name, source in sources.items():
@@ -112,9 +112,9 @@ def _source_notes(source: dict[str, Any]) -> Iterator[tuple[str, int, list[str]]
     for kind in ("bad", "dropped"):
         for reason, lost in source[kind].items():
             yield f"{kind}: {reason}", lost["count"], [f"{row['origin']}: {row['message']}" for row in lost["first"]]
-    if source["rows_shortened"]:
-        what = f"lost {source['turns_lost']:,} turns, {source['supervised_tokens_lost']:,} supervised tokens"
-        yield "shortened", source["rows_shortened"], [what]
+    for name in LOST_TO_LENGTH:
+        if source[name]:
+            yield name.replace("_", " "), source[name], ["by config.data.too_long"]
     for name, count in source["rendering"].items():
         if name != "turns":
             yield name.replace("_", " "), count, ["counted by the renderer"]

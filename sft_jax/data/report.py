@@ -62,8 +62,9 @@ class Account:
     supervised_tokens: int = 0
     """Those with a weight other than 0."""
     rows_shortened: int = 0
-    """Trained rows that the over-long policy took something from, which is counted in these three:"""
+    """Trained rows that the over-long policy changed."""
     turns_lost: int = 0
+    """What over-long rows lost, changed or dropped, in supervised turns; and in tokens, and supervised ones:"""
     tokens_lost: int = 0
     supervised_tokens_lost: int = 0
     rendering: dict[str, int] = field(default_factory=dict)
@@ -112,7 +113,7 @@ class Account:
 
     @property
     def turns(self) -> int:
-        """Assistant turns of the trained rows."""
+        """Supervised turns of the trained rows, as the renderer counted them."""
         return self.rendering.get("turns", 0)
 
 

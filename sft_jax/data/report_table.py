@@ -9,7 +9,7 @@ from rich.table import Table
 Line = tuple[str, str, str]
 """What is counted, how many, and what there is to say of it."""
 
-_LOST_TO_LENGTH = ("rows_shortened", "turns_lost", "tokens_lost", "supervised_tokens_lost")
+LOST_TO_LENGTH = ("rows_shortened", "turns_lost", "tokens_lost", "supervised_tokens_lost")
 _BAR_WIDTH = 24
 
 
@@ -47,8 +47,8 @@ def _source_lines(source: dict[str, Any]) -> Iterator[Line]:
         yield what, f"{source[what]:,}", ""
     share = source["supervised_tokens"] / max(source["tokens"], 1)
     yield "supervised tokens", f"{source['supervised_tokens']:,}", f"{share:.1%}"
-    for name in _LOST_TO_LENGTH:
-        if source["rows_shortened"]:
+    for name in LOST_TO_LENGTH:
+        if source[name]:
             yield name.replace("_", " "), f"{source[name]:,}", "by config.data.too_long"
     for name, count in source["rendering"].items():
         if name != "turns":
