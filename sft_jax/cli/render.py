@@ -79,7 +79,10 @@ def render_rows(source: SourceConfig, renderer: Renderer) -> Iterator[list[Token
                 raise RowError(row.reason, row.origin, row.message)
             if format == "auto":
                 format = detect_format(row)
-            yield renderer.render(parse_row(row, format))
+            examples = renderer.render(parse_row(row, format))
+            if not all(example.loss_weights.any() for example in examples):  # as a run would refuse it
+                raise RowError("nothing_supervised", row.origin, "has no token to train on. Remove the row.")
+            yield examples
         except RowError as error:
             yield error
 

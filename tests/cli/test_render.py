@@ -1,5 +1,6 @@
 """render says of each row of a file what it becomes, or why it is refused, and goes on."""
 
+import dataclasses
 import json
 import subprocess
 import sys
@@ -8,6 +9,7 @@ import pytest
 
 from sft_jax.cli.main import dispatch
 from sft_jax.command_line import run_command
+from sft_jax.data.rendering import Renderer
 from sft_jax.data.tokenizer import load_tokenizer
 from sft_jax.testbed.make import BASE_MODEL
 
@@ -78,6 +80,15 @@ def test_the_first_format_is_held_against_every_row(capsys):
     rows = [{"text": "Kulo"}, chat("Hi", "Yes.")]
     assert objects(capsys, rows, *CHATML, status=3)[1]["refused"] == "wrong_format"
     assert objects(capsys, rows, *CHATML, "--format=messages", status=3)[0]["refused"] == "wrong_format"
+
+
+def test_a_row_with_nothing_to_train_on_is_refused_as_a_run_would(capsys, monkeypatch):
+    def render(renderer, row):
+        return [dataclasses.replace(one, loss_weights=one.loss_weights * 0) for one in original(renderer, row)]
+
+    original = Renderer.render
+    monkeypatch.setattr(Renderer, "render", render)
+    assert objects(capsys, [chat("Hi", "Yes.")], *CHATML, status=3)[0]["refused"] == "nothing_supervised"
 
 
 def test_template_kwargs_and_stop_token_reach_the_template(capsys):
