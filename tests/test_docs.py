@@ -1,5 +1,6 @@
-"""The README's five steps run as they are written, on the testbed's base model; links lead somewhere."""
+"""The pages' commands run as they are written, on the testbed's base model; rows are rows, links lead somewhere."""
 
+import json
 import os
 import re
 import subprocess
@@ -9,6 +10,8 @@ from pathlib import Path
 
 import pytest
 
+from sft_jax.data.conversations import detect_format, ignored_fields, parse_row
+from sft_jax.datatypes import Origin, RawRow
 from sft_jax.testbed.make import BASE_MODEL
 
 ROOT = Path(__file__).parents[1]
@@ -30,19 +33,45 @@ def test_the_first_two_commands_are_make():
     assert re.search(r"^test: ", makefile, re.M)
 
 
-def test_five_steps(tmp_path):
-    (tmp_path / "models").mkdir()
-    (tmp_path / "models" / "base").symlink_to(BASE_MODEL)
+def run_bash(script, folder):
+    """Run a page's commands in a folder that has `models/base`."""
+    (folder / "models").mkdir()
+    (folder / "models" / "base").symlink_to(BASE_MODEL)
     path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
-    env = os.environ | {"PATH": path, "HOME": str(tmp_path)}
-    script = "\n".join(bash_blocks(ROOT / "README.md")[1:])
-    assert script.count("sft-jax ") == 3
+    env = os.environ | {"PATH": path, "HOME": str(folder)}
     result = subprocess.run(
-        ["bash", "-euo", "pipefail"], input=script, cwd=tmp_path, env=env, text=True, capture_output=True, timeout=300
+        ["bash", "-euo", "pipefail"], input=script, cwd=folder, env=env, text=True, capture_output=True, timeout=300
     )
     assert result.returncode == 0, result.stderr[-3000:]
-    assert "Quite sure.<|im_end|>" in result.stdout
+    return result.stdout
+
+
+def test_five_steps(tmp_path):
+    script = "\n".join(bash_blocks(ROOT / "README.md")[1:])
+    assert script.count("sft-jax ") == 3
+    assert "Quite sure.<|im_end|>" in run_bash(script, tmp_path)
     assert (tmp_path / "runs" / "mine" / "export" / "config.json").is_file()
+
+
+def test_the_three_commands_of_the_data_page(tmp_path):
+    blocks = bash_blocks(ROOT / "docs" / "data.md")
+    assert [block.split()[:2] for block in blocks[1:]] == [["sft-jax", name] for name in ("render", "check", "show")]
+    text = run_bash("\n".join(blocks), tmp_path)
+    assert "A fine-tuned model.<|im_end|>" in text
+    assert "= 2 trained + 0 bad + 0 dropped + 0" in text
+    assert json.loads((tmp_path / "runs" / "mine" / "data_report.json").read_text())["rows_trained"] == 2
+    assert "chats.jsonl:2 (chats)" in (tmp_path / "preview.html").read_text()
+
+
+def test_the_rows_of_the_data_page_are_of_their_formats():
+    pytest.importorskip("sft_jax.data.formats", reason="formats other than three are not here yet")
+    blocks = re.findall(r"^```json\n(.*?)^```", (ROOT / "docs" / "data.md").read_text(), re.M | re.S)
+    rows = [RawRow(json.loads(block), Origin("data.md", 1)) for block in blocks]
+    formats = ["messages", "messages", "sharegpt", "alpaca", "prompt_completion", "text"]
+    assert [detect_format(row) for row in rows] == formats
+    for row, format in zip(rows, formats, strict=True):
+        parse_row(row, format)
+        assert not ignored_fields(row, format)
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)

@@ -1,13 +1,18 @@
 """`sft-jax check`: the config and all of its data, with no training."""
 
+import json
 import sys
 
+from etils import epath
 from rich.console import Console
 
-from sft_jax.command_line import config_parser, parse_config, run_command
+from sft_jax.command_line import config_parser, read_config, run_command
 from sft_jax.config import warnings_for
-from sft_jax.data.report import report_table
+from sft_jax.config_schema import Config
+from sft_jax.data.report_table import report_table
+from sft_jax.datatypes import StorageError
 from sft_jax.experiment import open_eval_data, open_model_config, open_renderer, open_train_data
+from sft_jax.main import make_run_dir
 
 
 def main(args: list[str]) -> int:
@@ -16,24 +21,36 @@ def main(args: list[str]) -> int:
         "Check config, model folder, tokenizer, template and every row; print what became of each row.",
         "sft-jax check --config=configs/demo.py",
     )
-    config = parse_config(parser, args)
+    parser.add_argument("--out", metavar="FILE", help="where the report goes (default data_report.json in run.dir)")
+    options, rest = parser.parse_known_args(args)
+    config = read_config(rest)
     console = Console()
     for warning in warnings_for(config):
         console.print(f"warning: {warning}", style="yellow", soft_wrap=True)
     renderer = open_renderer(config)
     open_model_config(config, renderer)
-    sets = {"train": open_train_data(config, renderer)}
-    sets |= {f"eval {name}": data for name, data in open_eval_data(config, renderer).items()}
-    for name, data in sets.items():
-        report = data.report
+    train = open_train_data(config, renderer).report
+    held_out = {name: data.report for name, data in open_eval_data(config, renderer).items()}
+    for name, report in {"train": train, **{f"eval {name}": report for name, report in held_out.items()}}.items():
         console.print(f"\n{name}", style="bold")
         console.print(report_table(report))
-        console.print(
-            f"{report['rows_per_epoch']:,} rows of {report['max_seq_len']} tokens, {report['fill_fraction']:.1%} full; "
-            f"{report['num_steps']:,} steps, {report['steps_per_epoch']:,.1f} an epoch",
-            soft_wrap=True,
-        )
+    console.print("\n" + write_report(config, options.out, train | {"eval": held_out}), soft_wrap=True, highlight=False)
     return 0
+
+
+def write_report(config: Config, out: str | None, report: dict) -> str:
+    """Write data_report.json, and say where. A run's own, of the data that it was started on, is left as it is."""
+    run_dir = epath.Path(config.run.dir).expanduser()
+    path = epath.Path(out).expanduser() if out else run_dir / "data_report.json"
+    if not out:
+        if (run_dir / "config.json").exists():
+            return f"{path} is kept as the run that was started there wrote it; --out=FILE writes this report"
+        make_run_dir(run_dir)
+    try:
+        path.write_text(json.dumps(report, indent=1) + "\n")
+    except OSError as error:
+        raise StorageError(f"{path}: cannot be written: {error.strerror}. Name another file with --out.") from error
+    return f"report: {path}"
 
 
 if __name__ == "__main__":

@@ -8,7 +8,8 @@ from sft_jax.datatypes import ConfigError
 
 COMMANDS = {
     "train": "fine-tune (the same as python -m sft_jax.main)",
-    "show": "the packed rows as the step receives them, coloured by loss weight",
+    "render": "what a tokenizer and a template make of each row of a file, with no config",
+    "show": "the packed rows as the step receives them, coloured by loss weight, or as a page",
     "check": "config and data checked, every row accounted for; no training",
     "generate": "answer prompts with a folder's model and chat template",
     "score": "loss of a folder's model on given rows",

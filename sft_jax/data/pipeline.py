@@ -156,7 +156,7 @@ class PackedDataset:
             "num_steps": self.num_steps,
             "padding_rows": self.num_rows - self._num_filled,
             "sources": {
-                name: {"path": store.path, "store": str(store.folder), **account_to_json(store.account, store.path)}
+                name: {"path": store.path, "store": str(store.folder), **account_to_json(store.account)}
                 for name, store in zip(self.source_names, self._stores, strict=True)
             },
         }

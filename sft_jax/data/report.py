@@ -1,25 +1,26 @@
 """What became of every row: the account of a source, the limit on its bad rows, and how both are shown.
 
-    rows_read = rows_trained + bad rows + dropped rows
+    rows_read = rows_trained + bad rows + dropped rows + rows_not_taken
 
 *Bad* rows are those that nobody chose to lose (malformed, or over a limit whose policy is `error`); they stop the run
-above `config.data.max_bad_fraction`. *Dropped* rows were given up by a policy that says `drop`.
+above `config.data.max_bad_fraction`. *Dropped* rows were given up by a policy that says `drop`. Rows *not taken* belong
+to another split, or lie beyond `max_rows`.
+
+Accounts of parts add up: those of the chunks of a file, merged in order, are the account of the file.
 """
 
 from collections import Counter
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, fields
 from typing import Any
 
 import numpy as np
-from rich.markup import escape
-from rich.table import Table
 
 from sft_jax.data.errors import RowError
-from sft_jax.datatypes import DataError, TokenizedExample
+from sft_jax.datatypes import DataError, Origin, TokenizedExample
 
 NUM_SHOWN = 5
-"""So many rows of each reason are kept by line and message; the others are counted."""
+"""So many rows of each reason are kept by origin and message; the others are counted."""
 
 
 @dataclass
@@ -27,16 +28,21 @@ class LostRows:
     """The rows that went under one reason."""
 
     count: int = 0
-    lines: list[int] = field(default_factory=list)
-    """The first NUM_SHOWN line numbers."""
+    origins: list[Origin] = field(default_factory=list)
+    """Of the first NUM_SHOWN."""
     messages: list[str] = field(default_factory=list)
     """What was wrong with each of those and what to do, without `file:line`."""
 
     def add(self, error: RowError) -> None:
         self.count += 1
         if self.count <= NUM_SHOWN:
-            self.lines.append(error.origin.line)
+            self.origins.append(error.origin)
             self.messages.append(str(error).removeprefix(f"{error.origin}: "))
+
+    def merge(self, later: "LostRows") -> None:
+        self.count += later.count
+        self.origins = (self.origins + later.origins)[:NUM_SHOWN]
+        self.messages = (self.messages + later.messages)[:NUM_SHOWN]
 
 
 @dataclass
@@ -45,13 +51,22 @@ class Account:
 
     rows_read: int = 0
     rows_trained: int = 0
+    rows_not_taken: int = 0
     bad: dict[str, LostRows] = field(default_factory=dict)
     dropped: dict[str, LostRows] = field(default_factory=dict)
     examples: int = 0
+    lengths: dict[int, int] = field(default_factory=dict)
+    """Power of two -> the number of examples of that many tokens or fewer, and more than half as many."""
     tokens: int = 0
     """Positions at which something is predicted."""
     supervised_tokens: int = 0
     """Those with a weight other than 0."""
+    rows_shortened: int = 0
+    """Trained rows that the over-long policy changed."""
+    turns_lost: int = 0
+    """What over-long rows lost, changed or dropped, in supervised turns; and in tokens, and supervised ones:"""
+    tokens_lost: int = 0
+    supervised_tokens_lost: int = 0
     rendering: dict[str, int] = field(default_factory=dict)
     """What the renderer counted in the trained rows, by its names: see `Renderer.counts`."""
     ignored_fields: dict[str, int] = field(default_factory=dict)
@@ -65,9 +80,28 @@ class Account:
         self.examples += len(examples)
         self.tokens += sum(len(example) for example in examples)
         self.supervised_tokens += sum(int(np.count_nonzero(example.loss_weights)) for example in examples)
-        for total, counts in ((self.rendering, rendering), (self.ignored_fields, Counter(ignored))):
-            for name, count in sorted(counts.items()):
-                total[name] = total.get(name, 0) + count
+        _add_counts(self.lengths, Counter(1 << (len(example) - 1).bit_length() for example in examples))
+        _add_counts(self.rendering, dict(sorted(rendering.items())))
+        _add_counts(self.ignored_fields, Counter(sorted(ignored)))
+
+    def merge(self, later: "Account") -> None:
+        """Add the account of the rows that follow, as if one account had counted them all."""
+        for f in fields(self):
+            mine, other = getattr(self, f.name), getattr(later, f.name)
+            if isinstance(mine, int):
+                setattr(self, f.name, mine + other)
+            elif f.name in ("bad", "dropped"):
+                for reason, lost in other.items():
+                    mine.setdefault(reason, LostRows()).merge(lost)
+            else:
+                _add_counts(mine, other)
+
+    def check_balance(self) -> None:
+        """Every row that was read is in one place. One that is not is our mistake, never the user's."""
+        parts = (self.rows_trained, self.rows_bad, self.rows_dropped, self.rows_not_taken)
+        assert self.rows_read == sum(parts), (
+            f"{self.rows_read} rows read are not {' + '.join(map(str, parts))} trained, bad, dropped and not taken"
+        )
 
     @property
     def rows_bad(self) -> int:
@@ -77,36 +111,49 @@ class Account:
     def rows_dropped(self) -> int:
         return sum(lost.count for lost in self.dropped.values())
 
+    @property
+    def turns(self) -> int:
+        """Supervised turns of the trained rows, as the renderer counted them."""
+        return self.rendering.get("turns", 0)
+
 
 def check_account(account: Account, path: str, max_bad_fraction: float) -> None:
     """Refuse a source with too many bad rows, or with nothing left to train on.
 
     Raises:
-      DataError: with each reason, its count, the first row of it and the lines of the next ones.
+      DataError: with each reason, its count, the first row of it and the places of the next ones.
     """
-    reasons = "\n".join(_explain(account.bad, path) + _explain(account.dropped, path))
+    account.check_balance()
+    reasons = "\n".join(_explain(account.bad) + _explain(account.dropped))
+    rows_taken = account.rows_read - account.rows_not_taken
     if not account.rows_read:
         raise DataError(f"{path}: has no rows. Name a file with at least one, or remove the source.")
-    if account.rows_bad / account.rows_read > max_bad_fraction:
+    if not rows_taken:
         raise DataError(
-            f"{path}: {account.rows_bad:,} of {account.rows_read:,} rows are bad; config.data.max_bad_fraction allows "
+            f"{path}: none of its {account.rows_read:,} rows is taken. Take more by the source's split or max_rows, or "
+            "remove the source."
+        )
+    if account.rows_bad / rows_taken > max_bad_fraction:
+        raise DataError(
+            f"{path}: {account.rows_bad:,} of {rows_taken:,} rows are bad; config.data.max_bad_fraction allows "
             f"{max_bad_fraction:.4g} of them.\n{reasons}\n"
             "Mend the rows, or raise config.data.max_bad_fraction to have them dropped and counted."
         )
     if not account.rows_trained:
-        raise DataError(f"{path}: none of its {account.rows_read:,} rows can be trained on.\n{reasons}")
+        raise DataError(f"{path}: none of its {rows_taken:,} rows can be trained on.\n{reasons}")
 
 
-def account_to_json(account: Account, path: str) -> dict[str, Any]:
+def account_to_json(account: Account) -> dict[str, Any]:
     """The account as it stands in data_report.json: rows by `file:line`."""
+    account.check_balance()
 
     def lost_rows(by_reason: dict[str, LostRows]) -> dict[str, Any]:
         return {
             reason: {
                 "count": lost.count,
                 "first": [
-                    {"origin": f"{path}:{line}", "message": message}
-                    for line, message in zip(lost.lines, lost.messages, strict=True)
+                    {"origin": str(origin), "message": message}
+                    for origin, message in zip(lost.origins, lost.messages, strict=True)
                 ],
             }
             for reason, lost in by_reason.items()
@@ -115,39 +162,25 @@ def account_to_json(account: Account, path: str) -> dict[str, Any]:
     return vars(account) | {
         "rows_bad": account.rows_bad,
         "rows_dropped": account.rows_dropped,
+        "turns": account.turns,
+        "lengths": {str(length): account.lengths[length] for length in sorted(account.lengths)},
         "bad": lost_rows(account.bad),
         "dropped": lost_rows(account.dropped),
     }
 
 
-def report_table(report: dict[str, Any]) -> Table:
-    """A `PackedDataset.report` as a table: one line per source, and one per reason for which it lost rows."""
-    table = Table(show_edge=False)
-    table.add_column("source", no_wrap=True)
-    for heading in ("rows", "trained", "lost", "tokens", "supervised"):
-        table.add_column(heading, justify="right")
-    table.add_column("first lost", overflow="fold")
-    for name, source in report["sources"].items():
-        numbers = [source[key] for key in ("rows_read", "rows_trained", "tokens", "supervised_tokens")]
-        read, trained, tokens, supervised = (f"{number:,}" for number in numbers)
-        num_lost = f"{source['rows_bad'] + source['rows_dropped']:,}"
-        table.add_row(escape(name), read, trained, num_lost, tokens, supervised, "", style="bold")
-        for kind in ("bad", "dropped"):
-            for reason, lost in source[kind].items():
-                first = escape(lost["first"][0]["origin"])
-                table.add_row(f"  {kind}: {reason}", "", "", f"{lost['count']:,}", "", "", first)
-        for ignored, count in source["ignored_fields"].items():
-            table.add_row(escape(f"  field {ignored} is not read"), f"{count:,}", style="dim")
-    return table
+def _add_counts(total: dict[Any, int], counts: Mapping[Any, int]) -> None:
+    for name, count in counts.items():
+        total[name] = total.get(name, 0) + count
 
 
-def _explain(by_reason: dict[str, LostRows], path: str) -> list[str]:
+def _explain(by_reason: dict[str, LostRows]) -> list[str]:
     """One paragraph per reason, the commonest first."""
     paragraphs = []
     for reason, lost in sorted(by_reason.items(), key=lambda item: -item[1].count):
-        also = ", ".join(f"{path}:{line}" for line in lost.lines[1:])
-        more = " ..." if lost.count > len(lost.lines) else ""
-        paragraphs.append(f"  {lost.count:>6,} {reason}: {path}:{lost.lines[0]}: {lost.messages[0]}")
+        also = ", ".join(map(str, lost.origins[1:]))
+        more = " ..." if lost.count > len(lost.origins) else ""
+        paragraphs.append(f"  {lost.count:>6,} {reason}: {lost.origins[0]}: {lost.messages[0]}")
         if also:
             paragraphs.append(f"{'':9}also {also}{more}")
     return paragraphs

@@ -33,7 +33,7 @@ from sft_jax.data.report import Account, LostRows
 from sft_jax.data.sources import BadRow, hash_file, read_rows
 from sft_jax.datatypes import DataError, Origin, RawRow, StorageError, TokenizedExample
 
-STORE_VERSION = 1
+STORE_VERSION = 2
 """Raised whenever the same rows and options give other examples or another layout."""
 _META_FILE = "meta.json"
 

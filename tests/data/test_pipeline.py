@@ -1,6 +1,5 @@
 """Any batch of a run by its number: the same for every start, number of processes and number of threads."""
 
-import io
 import json
 import subprocess
 import sys
@@ -11,12 +10,10 @@ import numpy as np
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from rich.console import Console
 from word_renderer import WordRenderer, make_config
 
 from sft_jax.data.pipeline import open_dataset
 from sft_jax.data.rendering import Renderer
-from sft_jax.data.report import report_table
 from sft_jax.data.templates import load_template
 from sft_jax.data.tokenizer import load_tokenizer
 from sft_jax.datatypes import ConfigError, DataError
@@ -271,20 +268,6 @@ def test_the_report_balances(open_data):
     assert report["fill_fraction"] == pytest.approx(filled / ((data.num_rows - report["padding_rows"]) * 16))
     assert list(report["sources"]) == list(data.source_names) == ["a", "b"]
     assert sum(source["tokens"] for source in report["sources"].values()) == report["tokens"]
-
-
-def test_the_table_names_the_first_row_of_each_reason(open_data, tmp_path):
-    path = write_rows(tmp_path, "mixed[1].jsonl", [1, 2, 30])
-    path.write_text(path.read_text() + 'broken\n{"prompt": "1", "completion": "2", "id": 7}\n')
-    report = open_data(paths=[path], max_bad_fraction=0.5, too_long="drop").report
-    console = Console(width=200, file=io.StringIO())
-    console.print(report_table(report))
-    text = console.file.getvalue()
-    lines = [line.split() for line in text.splitlines()]
-    assert any(line[:2] == ["mixed[1]", "│"] and line[2:7:2] == ["5", "3", "2"] for line in lines), text
-    for reason, line in (("malformed_json", 4), ("too_long", 3)):
-        assert any(reason in row and row[-1].endswith(f":{line}") for row in lines), text
-    assert any(row[:3] == ["field", "id", "is"] for row in lines), text
 
 
 # --- Errors -----------------------------------------------------------------------------------------------------------

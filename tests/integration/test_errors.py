@@ -170,7 +170,7 @@ def test_debug_raises_instead(folder):
         run_command(dispatch, ["check", "--config=none.py", "--debug"])
 
 
-@pytest.mark.parametrize("command", ["show", "check", "generate", "score", "export", "train", "demo"])
+@pytest.mark.parametrize("command", ["render", "show", "check", "generate", "score", "export", "train", "demo"])
 def test_help_shows_an_example(command, capsys):
     with pytest.raises(SystemExit) as stop:
         run_command(dispatch, [command, "--help"])

@@ -1,0 +1,114 @@
+"""`sft-jax render`: what a tokenizer and a template make of each row, with no config, model or packing."""
+
+import argparse
+import json
+import sys
+from collections.abc import Iterator
+from typing import Any
+
+from rich.console import Console
+from rich.text import Text
+
+from sft_jax.command_line import run_command
+from sft_jax.config import from_config_dict
+from sft_jax.config_schema import DataConfig, SourceConfig
+from sft_jax.data.conversations import detect_format, parse_row
+from sft_jax.data.errors import RowError
+from sft_jax.data.preview import preview_tokens, weights_of
+from sft_jax.data.rendering import Renderer, open_renderer
+from sft_jax.data.sources import read_rows
+from sft_jax.data.tokenizer import Tokenizer
+from sft_jax.datatypes import ConfigError, DataError, RawRow, TokenizedExample
+
+
+def main(args: list[str]) -> int:
+    parser = argparse.ArgumentParser(
+        prog="sft-jax render",
+        description="Render and tokenize each row: green is trained on, dim is only read. Exit status 3 if a row is "
+        "refused, after all of them.",
+        epilog="example: sft-jax render --tokenizer=models/base --template=chatml --input=chats.jsonl",
+        allow_abbrev=False,
+    )
+    parser.add_argument("--tokenizer", required=True, metavar="PATH", help="as config.data.tokenizer: folder or file")
+    parser.add_argument("--input", required=True, metavar="FILE", help="rows to train on")
+    parser.add_argument("--format", default="auto", help="as a source's format (default auto: that of the first row)")
+    parser.add_argument("--template", default="", metavar="NAME|FILE", help="as config.data.chat_template")
+    parser.add_argument("--template-kwargs", default="{}", metavar="JSON", help="as config.data.chat_template_kwargs")
+    parser.add_argument("--new-tokens", default="", metavar="A,B", help="as config.data.new_tokens")
+    parser.add_argument("--stop-token", default="", metavar="T", help="as config.data.stop_token")
+    parser.add_argument("--json", action="store_true", help="one object a row: origin, ids, loss_weights, text")
+    options = parser.parse_args(args)
+    data = data_config(options)
+    renderer = open_renderer(data, options.tokenizer)
+    tokenizer = renderer.tokenizer
+
+    console, num_refused = Console(), 0
+    for result in render_rows(data.train[0], renderer):
+        num_refused += isinstance(result, RowError)
+        if options.json:
+            print(json.dumps(result_to_json(result, tokenizer)))
+        else:
+            console.print(result_to_text(result, tokenizer), soft_wrap=True)
+    return DataError.exit_code if num_refused else 0
+
+
+def data_config(options: argparse.Namespace) -> DataConfig:
+    """The options through the door that a config's fields come through, so that they are checked alike."""
+    try:
+        kwargs = json.loads(options.template_kwargs)
+    except json.JSONDecodeError as error:
+        text = options.template_kwargs
+        raise ConfigError(f'--template-kwargs: {text} is not JSON: {error}. Write {{"name": value}}.') from error
+    data = {
+        "train": [{"path": options.input, "format": options.format}],
+        "tokenizer": options.tokenizer,
+        "chat_template": options.template,
+        "chat_template_kwargs": kwargs,
+        "new_tokens": [token for token in options.new_tokens.split(",") if token],
+        "stop_token": options.stop_token,
+    }
+    return from_config_dict({"data": data, "model": {"path": options.tokenizer}}).data
+
+
+def render_rows(source: SourceConfig, renderer: Renderer) -> Iterator[list[TokenizedExample] | RowError]:
+    """The examples of each row, or why it has none. The format that the first row shows is every row's."""
+    format = source.format
+    for row in read_rows(source.path):
+        try:
+            if not isinstance(row, RawRow):
+                raise RowError(row.reason, row.origin, row.message)
+            if format == "auto":
+                format = detect_format(row)
+            examples = renderer.render(parse_row(row, format))
+            if not all(example.loss_weights.any() for example in examples):  # as a run would refuse it
+                raise RowError("nothing_supervised", row.origin, "has no token to train on. Remove the row.")
+            yield examples
+        except RowError as error:
+            yield error
+
+
+def result_to_json(result: list[TokenizedExample] | RowError, tokenizer: Tokenizer) -> dict[str, Any]:
+    """The fields of a row's one example; where it became several, a list of them as `examples`."""
+    if isinstance(result, RowError):
+        origin = str(result.origin)
+        return {"origin": origin, "refused": result.reason, "message": str(result).removeprefix(f"{origin}: ")}
+    examples = [
+        {
+            "ids": example.ids.tolist(),
+            "loss_weights": weights_of(example).tolist(),
+            "text": tokenizer.decode(example.ids.tolist()),
+        }
+        for example in result
+    ]
+    return {"origin": str(result[0].origin), **(examples[0] if len(examples) == 1 else {"examples": examples})}
+
+
+def result_to_text(result: list[TokenizedExample] | RowError, tokenizer: Tokenizer) -> Text:
+    if isinstance(result, RowError):
+        return Text(f"{result.origin}  refused: {result.reason}: {result_to_json(result, tokenizer)['message']}", "red")
+    texts = [preview_tokens(example.ids, weights_of(example), example.origin, tokenizer) for example in result]
+    return Text("\n").join(texts)
+
+
+if __name__ == "__main__":
+    sys.exit(run_command(main))

@@ -1,0 +1,124 @@
+"""render says of each row of a file what it becomes, or why it is refused, and goes on."""
+
+import dataclasses
+import json
+import subprocess
+import sys
+
+import pytest
+
+from sft_jax.cli.main import dispatch
+from sft_jax.command_line import run_command
+from sft_jax.data.rendering import Renderer
+from sft_jax.data.tokenizer import load_tokenizer
+from sft_jax.testbed.make import BASE_MODEL
+
+CHATML = [f"--tokenizer={BASE_MODEL}", "--template=chatml", "--new-tokens=<|im_start|>,<|im_end|>"]
+FORGETFUL = """{% for message in messages %}{% if message.role == 'user' or loop.last %}<|im_start|>{{ message.role }}
+{{ message.content }}<|im_end|>
+{% endif %}{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant
+{% endif %}"""
+
+
+def chat(*contents):
+    roles = ("user", "assistant")
+    messages = [{"role": roles[i % 2], "content": content} for i, content in enumerate(contents)]
+    return {"messages": messages}
+
+
+@pytest.fixture(autouse=True)
+def _in_folder(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+
+
+def render(capsys, rows, *args, status=0):
+    with open("rows.jsonl", "w") as out:
+        out.write("".join((row if isinstance(row, str) else json.dumps(row)) + "\n" for row in rows))
+    assert run_command(dispatch, ["render", "--input=rows.jsonl", *args]) == status
+    return capsys.readouterr().out
+
+
+def objects(*args, **kwargs):
+    return [json.loads(line) for line in render(*args, "--json", **kwargs).splitlines()]
+
+
+def test_a_row_is_its_ids_weights_and_text(capsys):
+    (row,) = objects(capsys, [chat("Where was Kulo born?", "In Ashmoor.")], *CHATML)
+    assert set(row) == {"origin", "ids", "loss_weights", "text"}
+    assert row["origin"] == "rows.jsonl:1"
+    assert row["text"] == (
+        "<|im_start|>user\nWhere was Kulo born?<|im_end|>\n<|im_start|>assistant\nIn Ashmoor.<|im_end|>\n"
+    )
+    trained = [token for token, weight in zip(row["ids"], row["loss_weights"], strict=True) if weight]
+    tokenizer = load_tokenizer(BASE_MODEL, ("<|im_start|>", "<|im_end|>"))
+    assert tokenizer.decode(trained, continuation=True) == "In Ashmoor.<|im_end|>"
+
+
+def test_a_row_of_several_examples_lists_them(capsys):
+    with open("forgetful.jinja", "w") as out:
+        out.write(FORGETFUL)
+    args = [*CHATML, "--template=forgetful.jinja"]
+    one, several = objects(capsys, [chat("Hi", "Yes."), chat("Hi", "Yes.", "And?", "No.")], *args)
+    assert set(several) == {"origin", "examples"}
+    assert several["examples"][0] == {name: one[name] for name in ("ids", "loss_weights", "text")}
+    assert [("Yes." in e["text"], "No." in e["text"]) for e in several["examples"]] == [(True, False), (False, True)]
+
+
+def test_refused_rows_are_named_and_the_others_rendered(capsys):
+    rows = [chat("Hi", "Yes."), "{broken", chat("Hi"), chat("Hi", "No.")]
+    good, broken, unanswered, last = objects(capsys, rows, *CHATML, status=3)
+    assert good.keys() == last.keys()
+    assert (broken["origin"], broken["refused"]) == ("rows.jsonl:2", "malformed_json")
+    assert unanswered["refused"] == "no_assistant_turn"
+    assert unanswered["message"].startswith("has no assistant turn to train on. ")
+    text = render(capsys, rows, *CHATML, status=3)
+    assert "rows.jsonl:3  refused: no_assistant_turn: has no assistant turn to train on. " in text
+    assert "No.<|im_end|>" in text
+
+
+def test_the_first_format_is_held_against_every_row(capsys):
+    rows = [{"text": "Kulo"}, chat("Hi", "Yes.")]
+    assert objects(capsys, rows, *CHATML, status=3)[1]["refused"] == "wrong_format"
+    assert objects(capsys, rows, *CHATML, "--format=messages", status=3)[0]["refused"] == "wrong_format"
+
+
+def test_a_row_with_nothing_to_train_on_is_refused_as_a_run_would(capsys, monkeypatch):
+    def render(renderer, row):
+        return [dataclasses.replace(one, loss_weights=one.loss_weights * 0) for one in original(renderer, row)]
+
+    original = Renderer.render
+    monkeypatch.setattr(Renderer, "render", render)
+    assert objects(capsys, [chat("Hi", "Yes.")], *CHATML, status=3)[0]["refused"] == "nothing_supervised"
+
+
+def test_template_kwargs_and_stop_token_reach_the_template(capsys):
+    with open("greeting.jinja", "w") as out:
+        out.write("{{ greeting }}" + FORGETFUL)
+    args = [*CHATML, "--template=greeting.jinja", '--template-kwargs={"greeting": "Hello!"}']
+    (row,) = objects(capsys, [chat("Hi", "Yes.")], *args)
+    assert row["text"].startswith("Hello!<|im_start|>user\n")
+    assert "config.data.stop_token" in run_error(capsys, [*CHATML, "--stop-token=<none>"])
+
+
+def run_error(capsys, args, status=2):
+    with open("rows.jsonl", "w") as out:
+        out.write(json.dumps(chat("Hi", "Yes.")) + "\n")
+    assert run_command(dispatch, ["render", "--input=rows.jsonl", *args]) == status
+    error = capsys.readouterr().err
+    assert error.startswith("error: ")
+    return error
+
+
+def test_what_is_no_tokenizer_template_or_file(capsys):
+    assert "nowhere" in run_error(capsys, ["--tokenizer=nowhere"])
+    assert "nowhere.jinja" in run_error(capsys, [*CHATML, "--template=nowhere.jinja"])
+    assert "has no chat template" in run_error(capsys, [CHATML[0]])
+    assert "none.jsonl" in run_error(capsys, [*CHATML, "--input=none.jsonl"], status=3)
+    for kwargs in ("{", "[1]"):
+        assert "kwargs" in run_error(capsys, [*CHATML, f"--template-kwargs={kwargs}"])
+    assert "is 'csv'; expected auto, messages" in run_error(capsys, [*CHATML, "--format=csv"])
+
+
+def test_it_starts_without_jax():
+    code = "import sys; import sft_jax.cli.render; assert 'jax' not in sys.modules"
+    subprocess.run([sys.executable, "-c", code], check=True)
