@@ -96,6 +96,7 @@ class PackedDataset:
         self._lengths = np.concatenate([store.lengths for store in stores])
         self._batch_size, self._seed = batch_size, seed
         self._max_seq_len, self._packing = config.data.max_seq_len, config.data.packing
+        self._max_segments, self._row_order = config.data.max_segments_per_row, config.data.row_order
         self._read_threads = config.data.read_threads
 
         self._lock = threading.Lock()
@@ -120,6 +121,8 @@ class PackedDataset:
             "formats": [store.fingerprint_fields["format"] for store in self._stores],
             **shared,
             "packing": self._packing,
+            "max_segments_per_row": self._max_segments,
+            "row_order": self._row_order,
             "plan_version": PLAN_VERSION,
             "seed": self._seed,
             "batch_size": self._batch_size,
@@ -211,7 +214,15 @@ class PackedDataset:
         with self._lock:
             if epoch not in self._plans:
                 # The same epoch over and over where nothing is shuffled.
-                plan = plan_epoch(self._lengths, self._max_seq_len, self._seed, epoch, self._packing)
+                plan = plan_epoch(
+                    self._lengths,
+                    self._max_seq_len,
+                    self._seed,
+                    epoch,
+                    self._packing,
+                    max_segments_per_row=self._max_segments,
+                    row_order=self._row_order,
+                )
                 kept = {other: self._plans[other] for other in self._plans if abs(other - epoch) == 1}
                 self._plans = kept | {epoch: (plan, attention_costs(plan, self._lengths))}
             return self._plans[epoch]

@@ -16,6 +16,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from sft_jax.data.errors import RowError
+from sft_jax.data.too_long import Lost
 from sft_jax.datatypes import DataError, TokenizedExample
 
 NUM_SHOWN = 5
@@ -52,6 +53,12 @@ class Account:
     """Positions at which something is predicted."""
     supervised_tokens: int = 0
     """Those with a weight other than 0."""
+    rows_shortened: int = 0
+    """Trained rows that the policy for over-long rows changed."""
+    turns_lost: int = 0
+    """Supervised turns that over-long rows lost, those of rows that were lost as a whole included."""
+    tokens_lost: int = 0
+    supervised_tokens_lost: int = 0
     rendering: dict[str, int] = field(default_factory=dict)
     """What the renderer counted in the trained rows, by its names: see `Renderer.counts`."""
     ignored_fields: dict[str, int] = field(default_factory=dict)
@@ -68,6 +75,12 @@ class Account:
         for total, counts in ((self.rendering, rendering), (self.ignored_fields, Counter(ignored))):
             for name, count in sorted(counts.items()):
                 total[name] = total.get(name, 0) + count
+
+    def add_lost(self, lost: Lost) -> None:
+        """Count what an over-long row lost."""
+        self.turns_lost += lost.turns
+        self.tokens_lost += lost.tokens
+        self.supervised_tokens_lost += lost.supervised_tokens
 
     @property
     def rows_bad(self) -> int:
