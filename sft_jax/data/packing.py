@@ -1,4 +1,4 @@
-"""Lengths in, the rows of an epoch out; then examples in, one `PackedRow` out. numpy only.
+"""Lengths in, the rows of an epoch out; then examples in, packed rows out. numpy only.
 
 A plan is a pure function of (lengths, max_seq_len, seed, epoch), and every epoch has the same number of rows, so what
 row number i of a run holds is known without planning the epochs before it. Five examples in rows of 8, unshuffled:
@@ -15,8 +15,6 @@ from dataclasses import dataclass
 from typing import NamedTuple
 
 import numpy as np
-
-from sft_jax.datatypes import PackedRow, TokenizedExample
 
 PLAN_VERSION = 1
 """Raised whenever the same lengths and seed give other rows or another order: a resumed run must notice."""
@@ -132,26 +130,51 @@ def _deal_ranks(num_rows: int) -> np.ndarray:
     return deal(np.arange(num_rows))
 
 
-def assemble_row(examples: Sequence[TokenizedExample], source_ids: np.ndarray, max_seq_len: int) -> PackedRow:
-    """Lay examples one after another; `PackedRow` shows the layout. No examples: a row of padding.
+class PackedArrays(NamedTuple):
+    """Rows as `PackedRow` shows them, one below the other."""
+
+    inputs: np.ndarray  # int32 [b, L]
+    targets: np.ndarray  # int32 [b, L]
+    loss_weights: np.ndarray  # float32 [b, L]
+    segment_ids: np.ndarray  # int32 [b, L]
+    positions: np.ndarray  # int32 [b, L]
+    source_ids: np.ndarray  # int32 [b, L]
+
+
+def assemble_rows(
+    examples: Sequence[tuple[np.ndarray, np.ndarray, np.ndarray]],
+    source_ids: np.ndarray,
+    examples_per_row: Sequence[int],
+    max_seq_len: int,
+) -> PackedArrays:
+    """Lay examples one after another, the first so many into the first row, and so on. A row of none is padding.
 
     Args:
+      examples: (inputs, targets, loss_weights) of each.
       source_ids: the index of each example's source, int [num_examples].
     """
-    lengths = np.fromiter((len(example) for example in examples), np.int64, len(examples))
-    used = int(lengths.sum())
-    assert used <= max_seq_len
-    inputs, targets, segments, positions, sources = np.zeros((5, max_seq_len), np.int32)
-    loss_weights = np.zeros(max_seq_len, np.float32)
+    num_rows = len(examples_per_row)
+    integers = np.zeros((5, num_rows, max_seq_len), np.int32)
+    loss_weights = np.zeros((num_rows, max_seq_len), np.float32)
     if examples:
-        np.concatenate([example.inputs for example in examples], out=inputs[:used])
-        np.concatenate([example.targets for example in examples], out=targets[:used])
-        np.concatenate([example.loss_weights for example in examples], out=loss_weights[:used])
-        segments[:used] = np.arange(1, len(examples) + 1).repeat(lengths)
-        positions[:used] = np.arange(used) - (lengths.cumsum() - lengths).repeat(lengths)
-        sources[:used] = source_ids.repeat(lengths)
-    origins = tuple(example.origin for example in examples)
-    return PackedRow(inputs, targets, loss_weights, segments, positions, sources, origins)
+        # All examples are laid out at once: numpy takes longer to begin than to copy one of them.
+        lengths = np.fromiter((len(inputs) for inputs, _, _ in examples), np.int64, len(examples))
+        ends = np.concatenate([[0], lengths.cumsum()])
+        first, last = np.cumsum(examples_per_row) - examples_per_row, np.cumsum(examples_per_row)
+        inputs, targets, weights = (np.concatenate(arrays) for arrays in zip(*examples, strict=True))
+        segments = np.arange(1, len(examples) + 1) - first.repeat(examples_per_row)
+        flat = np.empty((5, ends[-1]), np.int32)
+        flat[0], flat[1] = inputs, targets
+        flat[2] = segments.repeat(lengths)
+        flat[3] = np.arange(ends[-1])
+        flat[3] -= ends[:-1].astype(np.int32).repeat(lengths)
+        flat[4] = source_ids.repeat(lengths)
+        for row, (start, end) in enumerate(zip(ends[first].tolist(), ends[last].tolist(), strict=True)):
+            assert end - start <= max_seq_len
+            integers[:, row, : end - start] = flat[:, start:end]
+            loss_weights[row, : end - start] = weights[start:end]
+    inputs, targets, segment_ids, positions, sources = integers
+    return PackedArrays(inputs, targets, loss_weights, segment_ids, positions, sources)
 
 
 class _Draw:

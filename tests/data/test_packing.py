@@ -9,11 +9,11 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from sft_jax.data.packing import assemble_row, attention_costs, balanced_order, plan_epoch
+from sft_jax.data.packing import assemble_rows, attention_costs, balanced_order, plan_epoch
 from sft_jax.data.rendering import Renderer
 from sft_jax.data.templates import load_template
 from sft_jax.data.tokenizer import load_tokenizer
-from sft_jax.datatypes import Conversation, Message, Origin, TokenizedExample
+from sft_jax.datatypes import Conversation, Message, Origin, shift
 
 MAX_SEQ_LEN = 32
 LENGTHS = st.lists(st.integers(1, MAX_SEQ_LEN), min_size=1, max_size=80).map(np.array)
@@ -213,25 +213,30 @@ def test_contiguous_parts_of_a_batch_cost_about_the_same(num_rows):
     assert np.mean(balanced) < 1 + 0.4 * (np.mean(as_drawn) - 1)
 
 
-def example(ids, weights, line=1):
-    return TokenizedExample.from_ids(ids, weights, Origin("a.jsonl", line))
+def example(ids, weights):
+    return shift(np.array(ids, np.int32), np.array(weights, np.float32))
 
 
-def test_assemble_row_by_hand():
-    row = assemble_row([example([1, 5, 6, 2], [0, 0, 1, 1]), example([1, 7, 2], [0, 0.5, 1], 2)], np.array([0, 1]), 7)
-    assert row.inputs.tolist() == [1, 5, 6, 1, 7, 0, 0]
-    assert row.targets.tolist() == [5, 6, 2, 7, 2, 0, 0]
-    assert row.loss_weights.tolist() == [0, 1, 1, 0.5, 1, 0, 0]
-    assert row.segment_ids.tolist() == [1, 1, 1, 2, 2, 0, 0]
-    assert row.positions.tolist() == [0, 1, 2, 0, 1, 0, 0]
-    assert row.source_ids.tolist() == [0, 0, 0, 1, 1, 0, 0]
-    assert [str(origin) for origin in row.origins] == ["a.jsonl:1", "a.jsonl:2"]
-    kinds = {name: getattr(row, name).dtype for name in ("inputs", "targets", "segment_ids", "positions", "source_ids")}
+def test_assemble_rows_by_hand():
+    examples = [example([1, 5, 6, 2], [0, 0, 1, 1]), example([1, 7, 2], [0, 0.5, 1]), example([1, 9], [0, 1])]
+    rows = assemble_rows(examples, np.array([0, 1, 2]), [2, 0, 1], 7)
+    empty = [0] * 7
+    assert rows.inputs.tolist() == [[1, 5, 6, 1, 7, 0, 0], empty, [1, 0, 0, 0, 0, 0, 0]]
+    assert rows.targets.tolist() == [[5, 6, 2, 7, 2, 0, 0], empty, [9, 0, 0, 0, 0, 0, 0]]
+    assert rows.loss_weights.tolist() == [[0, 1, 1, 0.5, 1, 0, 0], empty, [1, 0, 0, 0, 0, 0, 0]]
+    assert rows.segment_ids.tolist() == [[1, 1, 1, 2, 2, 0, 0], empty, [1, 0, 0, 0, 0, 0, 0]]
+    assert rows.positions.tolist() == [[0, 1, 2, 0, 1, 0, 0], empty, empty]
+    assert rows.source_ids.tolist() == [[0, 0, 0, 1, 1, 0, 0], empty, [2, 0, 0, 0, 0, 0, 0]]
+    kinds = {name: array.dtype for name, array in rows._asdict().items()}
+    assert kinds.pop("loss_weights") == np.float32
     assert set(kinds.values()) == {np.dtype(np.int32)}
-    assert row.loss_weights.dtype == np.float32
 
 
-def test_a_row_of_no_examples_is_padding():
-    row = assemble_row([], np.array([], int), 4)
-    assert row.origins == ()
-    assert not any(getattr(row, name).any() for name in ("inputs", "targets", "loss_weights", "segment_ids"))
+def test_rows_of_no_examples_are_padding():
+    rows = assemble_rows([], np.array([], int), [0, 0], 4)
+    assert all(array.shape == (2, 4) and not array.any() for array in rows)
+
+
+def test_a_row_that_overflows_is_our_mistake():
+    with pytest.raises(AssertionError):
+        assemble_rows([example([1, 2, 3], [0, 1, 1])] * 2, np.zeros(2, int), [2], 3)
