@@ -121,9 +121,10 @@ _CHOICES: dict[str, tuple[str, ...]] = {
     "model.attention": ("reference",),
     "model.remat": ("none", "dots", "full"),
     "data.packing": ("best_fit", "none"),
-    "data.too_long": ("error", "drop"),
     "data.supervise": ("all", "last", "weighted"),
     "data.averaging": ("token", "example"),
+    "data.row_order": ("shuffled", "longest_first"),
+    "data.too_long": ("error", "drop", "drop_early_turns", "split_turns", "truncate"),
     "data.unknown_tokens": ("error", "drop", "keep"),
     "optimizer.name": ("adamw", "adafactor", "lion", "sgd"),
     "optimizer.accum_dtype": ("float32", "bfloat16", "float64"),
@@ -131,6 +132,7 @@ _CHOICES: dict[str, tuple[str, ...]] = {
 }
 _SOURCE_FORMATS = ("auto", "messages", "prompt_completion", "text")
 _AT_LEAST: dict[str, float] = {
+    "data.max_segments_per_row": 0,
     "data.max_seq_len": 2, "data.read_threads": 0, "batch.batch_size": 1, "batch.grad_accum_steps": 1,
     "batch.eval_batch_size": 0, "loss.z_loss_weight": 0, "loss.label_smoothing": 0, "loss.chunk_tokens": 1,
     "model.neftune_alpha": 0, "optimizer.learning_rate": 0, "optimizer.weight_decay": 0, "optimizer.grad_clip_norm": 0,

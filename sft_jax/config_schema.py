@@ -83,8 +83,13 @@ class DataConfig:
     """Length of a packed row, and the longest example."""
     packing: str = "best_fit"
     """best_fit, or none: one example a row."""
+    max_segments_per_row: int = 0
+    """Examples that a packed row may hold, where an attention kernel has a limit; 0: any number."""
+    row_order: str = "shuffled"
+    """shuffled, or longest_first: each epoch's rows by falling attention cost, to see the memory peak at once."""
     too_long: str = "error"
-    """Examples over max_seq_len: error (a bad row) or drop (counted)."""
+    """Rows over max_seq_len: error (a bad row), drop, drop_early_turns (the oldest exchanges are left off until the
+    rest fits), split_turns (parts of as many exchanges as fit) or truncate. What they lose is counted."""
     unknown_tokens: str = "error"
     """Text that the tokenizer cannot express: error (a bad row), drop (counted) or keep (counted)."""
     max_bad_fraction: float = 0.0

@@ -114,6 +114,11 @@ class Document:
     origin: Origin
 
 
+def shift(ids: np.ndarray, weights: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """(inputs, targets, loss_weights) of an example's ids and their weights: the one place that shifts."""
+    return ids[:-1], ids[1:], weights[1:]
+
+
 @dataclass(frozen=True, slots=True)
 class TokenizedExample:
     """Token ids, already shifted: at position i the model reads `inputs[i]` and is asked for `targets[i]`.
@@ -131,9 +136,8 @@ class TokenizedExample:
 
     @classmethod
     def from_ids(cls, ids: Any, weights: Any, origin: Origin) -> "TokenizedExample":
-        """The one place that shifts. `ids` and `weights` have equal length n + 1; `weights[0]` has no prediction."""
-        ids = np.asarray(ids, np.int32)
-        return cls(ids[:-1], ids[1:], np.asarray(weights, np.float32)[1:], origin)
+        """`ids` and `weights` have equal length n + 1; `weights[0]` has no prediction."""
+        return cls(*shift(np.asarray(ids, np.int32), np.asarray(weights, np.float32)), origin)
 
     @property
     def ids(self) -> np.ndarray:

@@ -52,6 +52,13 @@ def test_defaults_convert():
             "config.data.train[1].name: 'a' is used twice",
         ),
         ("data.train", [dict(pth="a.jsonl")], "config.data.train[0].pth: no such field. Did you mean"),
+        ("data.row_order", "sorted", "config.data.row_order: is 'sorted'; expected one of shuffled, longest_first"),
+        ("data.max_segments_per_row", -1, "config.data.max_segments_per_row: is -1; expected at least 0"),
+        (
+            "data.too_long",
+            "cut",
+            "config.data.too_long: is 'cut'; expected one of error, drop, drop_early_turns, split",
+        ),
         ("data.train", [], "config.data.train: is empty"),
         ("data.role_map", dict(gpt="model"), "config.data.role_map.gpt: is 'model'; expected one of system"),
     ],

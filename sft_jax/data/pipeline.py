@@ -12,6 +12,7 @@ any number of processes. Importing grain imports jax, but nothing here starts a 
 """
 
 import hashlib
+import itertools
 import json
 import threading
 from collections.abc import Iterator, Sequence
@@ -21,14 +22,20 @@ import grain
 import numpy as np
 
 from sft_jax.config_schema import Config, SourceConfig, source_name
-from sft_jax.data.packing import PLAN_VERSION, PackingPlan, assemble_row, attention_costs, balanced_order, plan_epoch
+from sft_jax.data.packing import (
+    PLAN_VERSION,
+    PackedArrays,
+    PackingPlan,
+    assemble_rows,
+    attention_costs,
+    balanced_order,
+    plan_epoch,
+)
 from sft_jax.data.rendering import Renderer
 from sft_jax.data.report import account_to_json, check_account
 from sft_jax.data.sources import check_source_path
 from sft_jax.data.store import TokenStore, open_store
-from sft_jax.datatypes import ConfigError, DataError, HostBatch, PackedRow
-
-_ARRAYS = ("inputs", "targets", "loss_weights", "segment_ids", "positions", "source_ids")
+from sft_jax.datatypes import ConfigError, DataError, HostBatch, Origin, PackedRow
 
 
 def open_dataset(
@@ -96,6 +103,7 @@ class PackedDataset:
         self._lengths = np.concatenate([store.lengths for store in stores])
         self._batch_size, self._seed = batch_size, seed
         self._max_seq_len, self._packing = config.data.max_seq_len, config.data.packing
+        self._max_segments, self._row_order = config.data.max_segments_per_row, config.data.row_order
         self._read_threads = config.data.read_threads
 
         self._lock = threading.Lock()
@@ -120,6 +128,8 @@ class PackedDataset:
             "formats": [store.fingerprint_fields["format"] for store in self._stores],
             **shared,
             "packing": self._packing,
+            "max_segments_per_row": self._max_segments,
+            "row_order": self._row_order,
             "plan_version": PLAN_VERSION,
             "seed": self._seed,
             "batch_size": self._batch_size,
@@ -164,7 +174,8 @@ class PackedDataset:
     def row(self, index: int) -> PackedRow:
         """Row `index` of the run, exactly as the step receives it."""
         step, position = divmod(index, self._batch_size)
-        return self._assemble(self._contents(step)[position])
+        arrays, (origins,) = self._assemble([self._contents(step)[position]])
+        return PackedRow(**{name: array[0] for name, array in arrays._asdict().items()}, origins=origins)
 
     def iterate(self, start_step: int = 0, *, process_index: int = 0, process_count: int = 1) -> Iterator[HostBatch]:
         """Batches start_step, start_step + 1, ..., num_steps - 1: of each, the rows of one process.
@@ -183,9 +194,8 @@ class PackedDataset:
         local = slice(process_index * num_rows, (process_index + 1) * num_rows)
 
         def read_batch(step: int) -> HostBatch:
-            rows = [self._assemble(examples) for examples in self._contents(step)[local]]
-            arrays = {name: np.stack([getattr(row, name) for row in rows]) for name in _ARRAYS}
-            return HostBatch(step=step, **arrays, origins=tuple(row.origins for row in rows))
+            arrays, origins = self._assemble(self._contents(step)[local])
+            return HostBatch(step, *arrays, origins)
 
         threads = self._read_threads
         options = grain.ReadOptions(num_threads=threads, prefetch_buffer_size=2 * threads)
@@ -211,16 +221,35 @@ class PackedDataset:
         with self._lock:
             if epoch not in self._plans:
                 # The same epoch over and over where nothing is shuffled.
-                plan = plan_epoch(self._lengths, self._max_seq_len, self._seed, epoch, self._packing)
+                plan = plan_epoch(
+                    self._lengths,
+                    self._max_seq_len,
+                    self._seed,
+                    epoch,
+                    self._packing,
+                    max_segments_per_row=self._max_segments,
+                    row_order=self._row_order,
+                )
                 kept = {other: self._plans[other] for other in self._plans if abs(other - epoch) == 1}
                 self._plans = kept | {epoch: (plan, attention_costs(plan, self._lengths))}
             return self._plans[epoch]
 
-    def _assemble(self, example_ids: np.ndarray) -> PackedRow:
+    def _assemble(self, contents: Sequence[np.ndarray]) -> tuple[PackedArrays, tuple[tuple[Origin, ...], ...]]:
+        """Rows of the given example ids, and the origins of each row's examples."""
+        example_ids = np.concatenate(contents)
         source_ids = np.searchsorted(self._starts, example_ids, side="right") - 1
-        places = zip(source_ids.tolist(), (example_ids - self._starts[source_ids]).tolist(), strict=True)
-        examples = [self._stores[source].example(index) for source, index in places]
-        return assemble_row(examples, source_ids, self._max_seq_len)
+        indices = example_ids - self._starts[source_ids]
+        examples: list[Any] = [None] * len(example_ids)
+        origins: list[Any] = [None] * len(example_ids)
+        for source in np.unique(source_ids).tolist():
+            places, store = np.flatnonzero(source_ids == source), self._stores[source]
+            of_source = indices[places]
+            for place, index, views in zip(places.tolist(), of_source.tolist(), store.views(of_source), strict=True):
+                examples[place], origins[place] = views, store.origin(index)
+        counts = [len(ids) for ids in contents]
+        arrays = assemble_rows(examples, source_ids, counts, self._max_seq_len)
+        each = iter(origins)
+        return arrays, tuple(tuple(itertools.islice(each, count)) for count in counts)
 
 
 def _close_at_end(batches: Any) -> Iterator[HostBatch]:

@@ -17,6 +17,7 @@ from typing import Any
 import numpy as np
 
 from sft_jax.data.errors import RowError
+from sft_jax.data.too_long import Lost
 from sft_jax.datatypes import DataError, Origin, TokenizedExample
 
 NUM_SHOWN = 5
@@ -62,9 +63,9 @@ class Account:
     supervised_tokens: int = 0
     """Those with a weight other than 0."""
     rows_shortened: int = 0
-    """Trained rows that the over-long policy changed."""
+    """Trained rows that the policy for over-long rows changed."""
     turns_lost: int = 0
-    """What over-long rows lost, changed or dropped, in supervised turns; and in tokens, and supervised ones:"""
+    """Supervised turns that over-long rows lost, those of rows that were lost as a whole included."""
     tokens_lost: int = 0
     supervised_tokens_lost: int = 0
     rendering: dict[str, int] = field(default_factory=dict)
@@ -102,6 +103,12 @@ class Account:
         assert self.rows_read == sum(parts), (
             f"{self.rows_read} rows read are not {' + '.join(map(str, parts))} trained, bad, dropped and not taken"
         )
+
+    def add_lost(self, lost: Lost) -> None:
+        """Count what an over-long row lost."""
+        self.turns_lost += lost.turns
+        self.tokens_lost += lost.tokens
+        self.supervised_tokens_lost += lost.supervised_tokens
 
     @property
     def rows_bad(self) -> int:

@@ -46,8 +46,8 @@ class ReasoningMarks(NamedTuple):
 
 @dataclass(frozen=True)
 class TemplateFacts:
-    """What the probes showed. `call_stop` ends a turn that calls tools: `stop.text` in most templates; it may be no token
-    of the tokenizer, which matters only to rows that call some."""
+    """What the probes showed. `call_stop` ends a turn that calls tools: `stop.text` in most templates. It may be no
+    token of the tokenizer, which matters only to rows that call some."""
 
     stop: StopToken
     call_stop: str

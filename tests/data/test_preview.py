@@ -10,12 +10,12 @@ import pytest
 from rich.console import Console
 
 from sft_jax.data.errors import RowError
-from sft_jax.data.packing import assemble_row
+from sft_jax.data.packing import assemble_rows
 from sft_jax.data.preview import glyphs_of, preview_row, runs_of, segments_of, weights_of
 from sft_jax.data.preview_html import preview_page
 from sft_jax.data.report import Account, LostRows, account_to_json
 from sft_jax.data.tokenizer import load_tokenizer
-from sft_jax.datatypes import Origin, TokenizedExample
+from sft_jax.datatypes import Origin, PackedRow, TokenizedExample
 
 TEXTS = (
     "The answer is 72.",
@@ -37,6 +37,13 @@ def encode(tokenizer, text, number, path="chats.jsonl"):
         weights = np.linspace(0, 1.4, len(ids)).round(0)
         weights[len(ids) // 2] = 0.25
     return TokenizedExample.from_ids(ids, weights, Origin(path, number))
+
+
+def assemble_row(examples, source_ids, max_seq_len):
+    views = [(example.inputs, example.targets, example.loss_weights) for example in examples]
+    arrays = assemble_rows(views, source_ids, [len(examples)], max_seq_len)
+    origins = tuple(example.origin for example in examples)
+    return PackedRow(**{name: array[0] for name, array in arrays._asdict().items()}, origins=origins)
 
 
 @pytest.fixture(scope="module")

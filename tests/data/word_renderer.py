@@ -18,10 +18,13 @@ FIRST_WORD = 10
 class WordRenderer(Renderer):
     """The word `?` cannot be expressed; a system prompt `rewrites` makes every turn an example of its own."""
 
-    def __init__(self, unknown_tokens="error", version="words"):
+    stop_ids = (STOP,)
+
+    def __init__(self, unknown_tokens="error", version="words", supervise="all"):
         self.counts = Counter()
         self.unknown_tokens = unknown_tokens
         self.version = version
+        self.supervise = supervise
 
     def fingerprint(self):
         return self.version
@@ -30,16 +33,24 @@ class WordRenderer(Renderer):
         if isinstance(row, Document):
             ids = [BOS, *self._encode(row.text, row.origin), STOP]
             return [TokenizedExample.from_ids(ids, [1.0] * len(ids), row.origin)]
+        last_turn = max(i for i, message in enumerate(row.messages) if message.role == "assistant")
+        rewrites = row.messages[0].content == "rewrites"
         ids, weights, examples = [BOS], [0.0], []
-        for message in row.messages:
+        for i, message in enumerate(row.messages):
             words = self._encode(message.content, row.origin)
+            weight = message.loss_weight if message.loss_weight is not None else float(self.supervise != "weighted")
+            is_trained = message.role == "assistant" and weight > 0 and (self.supervise != "last" or i == last_turn)
             ids += [ROLE_IDS[message.role], *words]
-            weights += [0.0] + [float(message.role == "assistant")] * len(words)
+            weights += [0.0] + [float(is_trained)] * len(words)
             if message.role == "assistant":
                 ids.append(STOP)
-                weights.append(1.0)
+                weights.append(float(is_trained))
+            if is_trained:
                 examples.append(TokenizedExample.from_ids(list(ids), list(weights), row.origin))
-        if row.messages[0].content != "rewrites":
+                weights = [0.0 if rewrites else weight for weight in weights]
+        if not examples:
+            raise RowError("nothing_supervised", row.origin, "has no turn to train on. Remove it.")
+        if not rewrites:
             return examples[-1:]
         self.counts["expanded"] += len(examples) - 1
         return examples

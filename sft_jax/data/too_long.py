@@ -1,0 +1,279 @@
+"""A row and a renderer in; examples of at most max_seq_len tokens out, and the count of what was lost on the way.
+
+    error, drop         the row is refused as a whole
+    drop_early_turns    the oldest exchanges are left off until the rest fits
+    split_turns         windows of exchanges become examples of their own, each as many exchanges as fit
+    truncate            ids are cut at max_seq_len, mostly in mid-answer: what is cut off, its stop tokens too, is gone
+
+An exchange is a user message and all that follows up to the next one, so a tool's result is never parted from its call.
+The system message and the tools stay with every part. With a system message S, exchanges a to e, and room for three:
+
+    drop_early_turns    S c d e            a and b are lost
+    split_turns         S a b c | S d e    nothing is lost, but d and e have less before them than inference would feed
+
+Where a template makes several examples of a row, those that fit stay as they are. A document has no exchanges:
+`split_turns` cuts it into pieces that follow each other, and `drop_early_turns` refuses it.
+"""
+
+import bisect
+import dataclasses
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import numpy as np
+
+from sft_jax.data.errors import RowError
+from sft_jax.data.rendering import Renderer
+from sft_jax.datatypes import Conversation, Document, Message, Origin, TokenizedExample
+
+
+@dataclass(frozen=True, slots=True)
+class Lost:
+    """What a policy took from a row, against the row's untouched rendering."""
+
+    turns: int = 0
+    """Supervised turns that are in no example, or of which not the stop token is."""
+    tokens: int = 0
+    """Positions, as `len(example)` counts them. Of messages left off: the length of the untouched rendering less that
+    of one without them."""
+    supervised_tokens: int = 0
+    """Those of them with a weight other than 0."""
+
+    def __add__(self, other: "Lost") -> "Lost":
+        return Lost(
+            self.turns + other.turns,
+            self.tokens + other.tokens,
+            self.supervised_tokens + other.supervised_tokens,
+        )
+
+
+class FitResult(NamedTuple):
+    examples: list[TokenizedExample]
+    lost: Lost
+    is_changed: bool
+    """Whether a policy made them: they are not the rendering as it stands, even if nothing was lost."""
+
+
+class OverLongError(RowError):
+    """A row that no policy makes fit, and what is lost with it."""
+
+    def __init__(self, reason: str, origin: Origin, message: str, lost: Lost):
+        super().__init__(reason, origin, message)
+        self.lost = lost
+
+
+def fit_examples(
+    row: Conversation | Document,
+    renderer: Renderer,
+    max_seq_len: int,
+    policy: str,
+    *,
+    supervise: str = "all",
+    averaging: str = "token",
+) -> FitResult:
+    """Render a row into examples that fit. `renderer.counts` grows by the counts of the untouched rendering alone.
+
+    Args:
+      policy: `config.data.too_long`; the module's text has them.
+      supervise: `config.data.supervise`, by which the renderer chooses turns: a part of a row has another last turn
+        than the row, and is trained as the row would be.
+      averaging: `config.data.averaging`; with `example`, an example that is cut keeps the sum of its weights.
+
+    Raises:
+      OverLongError: `too_long`, nothing of the row fits; `nothing_supervised`, nothing supervised is left by
+        `truncate`.
+      RowError: whatever the renderer finds; `nothing_supervised`, there was none to begin with.
+    """
+    examples = renderer.render(row)
+    if not examples or not all(example.loss_weights.any() for example in examples):
+        # So every example has a supervised token, hence every row that is not padding, hence every batch.
+        raise RowError("nothing_supervised", row.origin, "has no token to train on. Remove the row.")
+    if max(map(len, examples)) <= max_seq_len:
+        return FitResult(examples, Lost(), is_changed=False)
+
+    stop_ids = renderer.stop_ids if isinstance(row, Conversation) else ()  # a document has no turns
+    fitted, lost = [], Lost()
+    if isinstance(row, Conversation) and policy in ("drop_early_turns", "split_turns"):
+        parts = _parts_of(_pin_weights(row, supervise), examples, renderer)
+        for example, part in zip(examples, parts, strict=True):
+            kept, gone = [example], Lost()
+            if len(example) > max_seq_len:
+                kept, gone = _fit_part(example, part, max_seq_len, policy)
+            fitted += kept
+            lost += gone
+    elif policy in ("split_turns", "truncate"):
+        for example in examples:
+            starts = range(0, len(example), max_seq_len) if policy == "split_turns" else [0]
+            pieces = [_cut(example, start, start + max_seq_len, averaging) for start in starts]
+            kept = [piece for piece in pieces if piece.loss_weights.any()]
+            fitted += kept
+            lost += _lost_of(example, sum(map(len, kept)), stop_ids)
+    if not fitted:
+        raise _refuse(row.origin, examples, max_seq_len, policy, stop_ids)
+    return FitResult(fitted, lost, is_changed=True)
+
+
+def _refuse(
+    origin: Origin, examples: Sequence[TokenizedExample], max_seq_len: int, policy: str, stop_ids: Sequence[int]
+) -> OverLongError:
+    lost = sum((_lost_of(example, 0, stop_ids) for example in examples), Lost())
+    what = f"is {max(map(len, examples)):,} tokens long; config.data.max_seq_len is {max_seq_len:,}"
+    if policy == "error":
+        remedy = "Raise it, shorten the row, or set config.data.too_long = 'drop'."
+        return OverLongError("too_long", origin, f"{what}. {remedy}", lost)
+    if policy == "truncate":
+        what = f"{what}, and no token to train on comes before that"
+        return OverLongError("nothing_supervised", origin, f"{what}. Raise it, or shorten the row.", lost)
+    if policy != "drop":
+        what = (
+            f"{what}, for which {'its last exchange' if policy == 'drop_early_turns' else 'each exchange'} is too long"
+        )
+    return OverLongError("too_long", origin, f"{what}. Raise it, or shorten the row.", lost)
+
+
+# --- Cutting ids ------------------------------------------------------------------------------------------------------
+
+
+def _cut(example: TokenizedExample, start: int, stop: int, averaging: str) -> TokenizedExample:
+    """Positions [start, stop) of an example. They are predicted as before, from less where `start` is not 0."""
+    span = slice(start, stop)
+    weights = example.loss_weights[span]
+    if averaging == "example" and weights.any():
+        weights = weights * (example.loss_weights.sum() / weights.sum())
+    return TokenizedExample(example.inputs[span], example.targets[span], weights, example.origin)
+
+
+def _lost_of(example: TokenizedExample, kept: int, stop_ids: Sequence[int]) -> Lost:
+    """What stands behind the first `kept` positions. A turn ends with a supervised stop token."""
+    is_supervised = example.loss_weights[kept:] != 0
+    num_turns = int(np.count_nonzero(np.isin(example.targets[kept:], stop_ids) & is_supervised))
+    return Lost(num_turns, len(example) - kept, int(np.count_nonzero(is_supervised)))
+
+
+# --- Leaving off exchanges --------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class _Part:
+    """The messages that one example was made of. Turns that are not that example's have weight 0."""
+
+    conversation: Conversation
+    renderer: Renderer
+    head: Sequence[Message]  # system messages
+    exchanges: Sequence[Sequence[Message]]
+
+    @classmethod
+    def of(cls, conversation: Conversation, renderer: Renderer) -> "_Part":
+        messages = conversation.messages
+        num_head = next((i for i, message in enumerate(messages) if message.role != "system"), len(messages))
+        exchanges: list[list[Message]] = []
+        for i in range(num_head, len(messages)):
+            opens = messages[i].role == "user" and messages[i - 1].role != "user"
+            if opens or i == num_head:
+                exchanges.append([])
+            exchanges[-1].append(messages[i])
+        return cls(conversation, renderer, messages[:num_head], exchanges)
+
+    def render(self, exchanges: Sequence[Sequence[Message]]) -> list[TokenizedExample]:
+        """The examples of some of the exchanges; none where none is supervised."""
+        if not any(map(_num_supervised, exchanges)):
+            return []
+        messages = (*self.head, *(message for exchange in exchanges for message in exchange))
+        return _render_uncounted(dataclasses.replace(self.conversation, messages=messages), self.renderer)
+
+
+def _num_supervised(messages: Sequence[Message]) -> int:
+    return sum(message.role == "assistant" and message.loss_weight != 0 for message in messages)
+
+
+def _render_uncounted(conversation: Conversation, renderer: Renderer) -> list[TokenizedExample]:
+    counts = renderer.counts.copy()
+    try:
+        return renderer.render(conversation)
+    finally:
+        renderer.counts = counts
+
+
+def _pin_weights(conversation: Conversation, supervise: str) -> Conversation:
+    """The same conversation, in which turns that are not supervised have weight 0 in so many words."""
+    last = max(i for i, message in enumerate(conversation.messages) if message.role == "assistant")
+
+    messages = []
+    for i, message in enumerate(conversation.messages):
+        left_out = (supervise == "last" and i != last) or (supervise == "weighted" and message.loss_weight is None)
+        pinned = message.role == "assistant" and left_out
+        messages.append(dataclasses.replace(message, loss_weight=0.0) if pinned else message)
+    return dataclasses.replace(conversation, messages=tuple(messages))
+
+
+def _parts_of(conversation: Conversation, examples: Sequence[TokenizedExample], renderer: Renderer) -> list[_Part]:
+    """The part of each example. A turn joins the last example so far or begins the next one, so the number of examples
+    of the messages up to it tells which is its own."""
+    messages = conversation.messages
+    if len(examples) == 1:
+        return [_Part.of(conversation, renderer)]
+    turns: list[list[int]] = [[] for _ in examples]
+    for i, message in enumerate(messages):
+        if _num_supervised([message]):
+            up_to = dataclasses.replace(conversation, messages=messages[: i + 1])
+            turns[len(_render_uncounted(up_to, renderer)) - 1].append(i)
+    parts = []
+    for own in turns:
+        pinned = tuple(
+            message if i in own or message.role != "assistant" else dataclasses.replace(message, loss_weight=0.0)
+            for i, message in enumerate(messages[: own[-1] + 1])
+        )
+        parts.append(_Part.of(dataclasses.replace(conversation, messages=pinned), renderer))
+    return parts
+
+
+def _fit_part(
+    example: TokenizedExample, part: _Part, max_seq_len: int, policy: str
+) -> tuple[list[TokenizedExample], Lost]:
+    """The examples that take the place of one that is too long."""
+
+    def fits(start: int, stop: int) -> bool:
+        return all(len(example) <= max_seq_len for example in part.render(part.exchanges[start:stop]))
+
+    supervised = [i for i, exchange in enumerate(part.exchanges) if _num_supervised(exchange)]
+    windows = (_last_window if policy == "drop_early_turns" else _windows)(supervised, fits)
+    fitted = [piece for start, stop in windows for piece in part.render(part.exchanges[start:stop])]
+
+    kept = {i for start, stop in windows for i in range(start, stop)}
+    rest = part.render([exchange for i, exchange in enumerate(part.exchanges) if i in kept])
+    turns = sum(_num_supervised(exchange) for i, exchange in enumerate(part.exchanges) if i not in kept)
+    tokens = len(example) - sum(map(len, rest))
+    supervised_tokens = sum(int(np.count_nonzero(one.loss_weights)) for one in rest)
+    return fitted, Lost(turns, max(0, tokens), int(np.count_nonzero(example.loss_weights)) - supervised_tokens)
+
+
+_Fits = Callable[[int, int], bool]
+"""Whether exchanges [start, stop) fit."""
+
+
+def _last_window(supervised: Sequence[int], fits: _Fits) -> list[tuple[int, int]]:
+    """The last supervised exchange, with as many before it as fit."""
+    stop = supervised[-1] + 1
+    return [(_open_window(0, supervised[-1], stop, fits), stop)] if fits(supervised[-1], stop) else []
+
+
+def _windows(supervised: Sequence[int], fits: _Fits) -> list[tuple[int, int]]:
+    """Windows that hold each supervised exchange which fits, once, and the others that lead up to it if they fit."""
+    windows = []
+    start, at = 0, 0  # the first exchange that is in no window yet, and the first supervised one
+    while at < len(supervised):
+        first, stops = supervised[at], [i + 1 for i in supervised[at:]]
+        # Halving finds the border: each exchange more makes a window longer.
+        num_fitting = bisect.bisect_left(stops, True, key=lambda stop: not fits(first, stop))
+        if num_fitting:
+            stop = stops[num_fitting - 1]
+            windows.append((_open_window(start, first, stop, fits), stop))
+        at += max(num_fitting, 1)
+        start = supervised[at - 1] + 1
+    return windows
+
+
+def _open_window(lowest: int, highest: int, stop: int, fits: _Fits) -> int:
+    """The least start of a window, from `lowest` to `highest`, with which it fits; with `highest` it does."""
+    return lowest + bisect.bisect_left(range(lowest, highest), True, key=lambda start: fits(start, stop))
