@@ -79,8 +79,10 @@ def _map_message(message: Message, hide: Callable[[str], str]) -> Message:
         ToolCall(hide(call.name), _map_strings(call.arguments, hide), hide(call.arguments_json), hide(call.id))
         for call in message.tool_calls
     )
-    texts = {name: hide(getattr(message, name)) for name in ("content", "reasoning", "tool_call_id", "name")}
-    return replace(message, tool_calls=calls, **texts)
+    content, reasoning, tool_call_id, name = map(
+        hide, (message.content, message.reasoning, message.tool_call_id, message.name)
+    )
+    return Message(message.role, content, reasoning, calls, tool_call_id, name, message.loss_weight)
 
 
 def strings_in(value: Any) -> Iterator[str]:

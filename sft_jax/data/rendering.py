@@ -187,9 +187,8 @@ class Renderer:
         if self.options.supervise == "last":
             turns = turns[-1:]
         default = 0.0 if self.options.supervise == "weighted" else 1.0
-        weights = {i: conversation.messages[i].loss_weight for i in turns}
-        weights = {i: default if weight is None else weight for i, weight in weights.items()}
-        weights = {i: weight for i, weight in weights.items() if weight > 0}
+        given = ((i, conversation.messages[i].loss_weight) for i in turns)
+        weights = {i: weight for i, own in given if (weight := default if own is None else own) > 0}
         if not weights:
             what = f"has no turn of a weight above 0, with config.data.supervise = {self.options.supervise!r}"
             raise RowError("nothing_supervised", conversation.origin, f"{what}. Give one a weight, or remove the row.")
