@@ -80,6 +80,12 @@ _KNOWN_SHAPES: tuple[tuple[frozenset[str], str, str, str], ...] = (
         "asks a question with tools and has no answer: it evaluates calls",
         "Add the answers, or remove the source",
     ),
+    (
+        frozenset({"question", "involved_classes"}),
+        "wrong_format",
+        "asks questions and has no answers: it evaluates calls",
+        "Add the answers, or remove the source",
+    ),
     (frozenset({"ground_truth"}), "wrong_format", "has answers without their questions", "Join the two files"),
     (
         frozenset({"name", "parameters"}),
