@@ -48,7 +48,7 @@ def parse_row(
       role_map: the row's role -> system, user, assistant or tool; other roles stand for themselves.
       field_map: our name of a field -> the row's.
       keep: the reasons whose policy is `keep`.
-      kept: counts the turns that these let pass, by reason.
+      kept: counts the turns that these let pass, by reason; unchanged where the row is refused.
 
     Raises:
       RowError: what is wrong, under a reason in `row_reasons.REASONS`.
@@ -63,7 +63,7 @@ def parse_row(
             refuse("empty_text", origin, "text is empty")
         return Document(text, origin)
 
-    check = RowCheck(origin, keep, kept)
+    check = RowCheck(origin, keep)
     messages, tools = _parse_turns(read_turns(fields, format, origin), role_map, check)
     if len(fields) > 1:
         tools = _join_tools(parse_tools(fields, TOOL_FIELDS, origin), tools, check)
@@ -77,6 +77,8 @@ def parse_row(
         problem = f"ends with a {messages[-1].role} turn that nothing answers"
         check.allow("ends_without_assistant", problem, len(messages) - end)
         del messages[end:]
+    if check.kept and kept is not None:
+        kept.update(check.kept)
     return Conversation(tuple(messages), origin, tools)
 
 
@@ -87,7 +89,7 @@ def parse_prompt(row: RawRow, role_map: Mapping[str, str] = _NO_NAMES) -> Conver
       RowError: as `parse_row`.
     """
     format = "sharegpt" if not row.fields.keys().isdisjoint({"conversations", "conversation"}) else "messages"
-    check = RowCheck(row.origin, _NOTHING, None)
+    check = RowCheck(row.origin)
     fields = read_fields(row, format)
     messages, tools = _parse_turns(read_turns(fields, format, row.origin), role_map, check)
     tools = _join_tools(parse_tools(fields, TOOL_FIELDS, row.origin), tools, check)

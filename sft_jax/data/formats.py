@@ -15,7 +15,6 @@ completion="answer"). Dots lead into objects and lists: dict(input="instances.0.
 looked at under its own name.
 """
 
-import functools
 from collections.abc import Mapping, Set
 from typing import Any, NamedTuple
 
@@ -260,9 +259,13 @@ def _refuse_pairs(fields: Mapping[str, Any], origin: Origin) -> None:
             refuse(reason, origin, problem, mend)
 
 
-@functools.lru_cache(maxsize=32)
+_LABELS = tuple(f"message {i + 1}" for i in range(64))  # of most rows: made once
+
+
 def _number(num_messages: int) -> tuple[str, ...]:
     """Labels of messages, counted from 1, as people do."""
+    if num_messages <= len(_LABELS):
+        return _LABELS[:num_messages]
     return tuple(f"message {i + 1}" for i in range(num_messages))
 
 

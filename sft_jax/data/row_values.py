@@ -19,19 +19,21 @@ _MAX_NAME_LENGTH = 40
 
 
 class RowCheck:
-    """The row that is being checked: its origin, and the reasons that the policy `keep` lets pass."""
+    """The row that is being checked: its origin, the reasons that the policy `keep` lets pass, and the turns that it
+    did let pass."""
 
     __slots__ = ("keep", "kept", "origin")
 
-    def __init__(self, origin: Origin, keep: frozenset[str], kept: Counter[str] | None):
-        self.origin, self.keep, self.kept = origin, keep, kept
+    def __init__(self, origin: Origin, keep: frozenset[str] = frozenset()):
+        self.origin, self.keep = origin, keep
+        self.kept: Counter[str] | None = None  # made where it is needed, which is seldom
 
     def allow(self, reason: str, problem: str, count: int = 1) -> None:
         """Count `count` turns that are kept although they are at fault; or refuse the row."""
         if reason not in self.keep:
             refuse(reason, self.origin, problem)
-        if self.kept is not None:
-            self.kept[reason] += count
+        self.kept = self.kept or Counter()
+        self.kept[reason] += count
 
 
 def refuse(reason: str, origin: Origin, problem: str, mend: str = "") -> NoReturn:
