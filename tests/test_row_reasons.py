@@ -9,6 +9,7 @@ import sft_jax
 from sft_jax.row_reasons import REASONS
 
 FILES = sorted((Path(sft_jax.__file__).parent / "data").glob("*.py"))
+PAGE = Path(sft_jax.__file__).parents[1] / "docs" / "formats.md"
 REASON_AT = {"RowError": 0, "refuse": 0, "allow": 0, "BadRow": 1}
 
 
@@ -44,3 +45,12 @@ def test_texts_fit_into_sentences(reason):
     assert entry.meaning[0].islower()
     assert entry.mend[0].isupper()
     assert not (entry.keep and entry.option)
+
+
+def test_the_page_has_the_table():
+    """The table to paste into the page is this one."""
+    lines = ["| reason | the row | how to mend it | `keep` |", "|---|---|---|---|"]
+    for reason, entry in REASONS.items():
+        keep = f"`{entry.option}` decides" if entry.option else entry.keep
+        lines.append(f"| `{reason}` | {entry.meaning} | {entry.mend} | {keep} |")
+    assert PAGE.read_text().endswith("\n".join(lines) + "\n")

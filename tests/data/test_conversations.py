@@ -198,6 +198,13 @@ def test_what_keep_does(bad, expected, counts):
     assert kept == counts
 
 
+def test_a_refused_row_counts_nothing_as_kept():
+    kept = Counter()
+    with pytest.raises(RowError, match="no assistant turn"):
+        parse_row(chat(U, U), "messages", keep=KEEPABLE, kept=kept)
+    assert not kept
+
+
 def test_the_message_of_an_unknown_role():
     with pytest.raises(RowError) as raised:
         parse_row(chat(U, A, turn("bot")), "messages")
