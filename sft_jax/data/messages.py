@@ -13,7 +13,7 @@ calls. Which fields a turn may have depends on its role:
 """
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 from sft_jax.data.row_values import RowCheck, check_text, is_absent, kind, list_names, refuse, show_name
@@ -39,14 +39,16 @@ _FIELDS_OF_ROLE: dict[str, tuple[str, ...]] = {
     "assistant": ("tool_calls", "function_call", *_REASONING),
     "tool": ("tool_call_id", "name"),
 }
-_FIELDS_OF_ANY = frozenset({"role", "content", *_WEIGHTS})
-_KNOWN_FIELDS = _FIELDS_OF_ANY.union(*_FIELDS_OF_ROLE.values())
+_MAY_HAVE = {role: frozenset({"role", "content", *_WEIGHTS, *names}) for role, names in _FIELDS_OF_ROLE.items()}
+_KNOWN_FIELDS = frozenset().union(*_MAY_HAVE.values())
+_TEXTS = frozenset({*_REASONING, "tool_call_id", "name"})
 _PARTS: dict[str, str] = {
     "text": "text",
     "reasoning": "reasoning", "thinking": "reasoning",
     "tool_call": "calls", "tool_calls": "calls",
     "tools": "tools",
 }  # fmt: skip
+_OWNERS = {"reasoning": "assistant", "calls": "assistant", "tools": "system"}
 _PART_ORDER = {"tools": 0, "reasoning": 1, "text": 2, "calls": 3}
 _MEDIA = ("image", "audio", "video", "file", "input_image", "input_audio", "input_file")
 
@@ -133,7 +135,7 @@ def _parse_fields(
             refuse("content_not_text", origin, f"{where} content is null; expected a string")
         refuse("missing_content", origin, f"{where} has the fields {list_names(value)} and no content")
     texts = {
-        name: check_text(given[name], f"{where} {name}", origin, "field_not_text") for name in _TEXTS & given.keys()
+        name: check_text(given[name], f"{where} {name}", origin, "field_not_text") for name in given if name in _TEXTS
     }
     message = Message(
         role,
@@ -147,18 +149,16 @@ def _parse_fields(
     return message, content.tools
 
 
-_TEXTS = frozenset({*_REASONING, "tool_call_id", "name"})
-
-
 def _check_fields(given: Mapping[str, Any], role: str, where: str, origin: Origin) -> None:
     """Refuse the fields that are not read, or not on this role."""
+    if given.keys() <= _MAY_HAVE[role]:
+        return
     unknown = given.keys() - _KNOWN_FIELDS
     if unknown:
         problem = f"{where} sets {list_names(unknown)}, which is not read and a template could show"
         refuse("unsupported_field", origin, problem)
-    strange = given.keys() - _FIELDS_OF_ANY - set(_FIELDS_OF_ROLE[role])
-    if strange:
-        refuse("field_of_another_role", origin, f"{where}, of role {role}, sets {list_names(strange)}")
+    strange = given.keys() - _MAY_HAVE[role]
+    refuse("field_of_another_role", origin, f"{where}, of role {role}, sets {list_names(strange)}")
 
 
 @dataclass(slots=True)
@@ -169,7 +169,6 @@ class _Content:
     reasoning: str = ""
     calls: tuple[ToolCall, ...] = ()
     tools: tuple[dict[str, Any], ...] = ()
-    texts: dict[str, list[str]] = field(default_factory=lambda: {"text": [], "reasoning": []})
 
 
 def _parse_content(value: Any, role: str, where: str, origin: Origin) -> _Content:
@@ -177,27 +176,26 @@ def _parse_content(value: Any, role: str, where: str, origin: Origin) -> _Conten
         return _Content(value)
     if not isinstance(value, list):
         refuse("content_not_text", origin, f"{where} content is {kind(value)}; expected a string, or a list of parts")
-    content, calls, last = _Content(), [], ""
+    content, last = _Content(), ""
+    found: dict[str, list[Any]] = {"text": [], "reasoning": [], "calls": []}
     for i, part in enumerate(value):
         place = f"{where} content[{i}]"
         name, item = _parse_part(part, place, origin)
-        owner = {"reasoning": "assistant", "calls": "assistant", "tools": "system"}.get(name, role)
-        if owner != role:
-            refuse(
-                "field_of_another_role", origin, f"{place} is a part of type {show_name(part['type'])} on a {role} turn"
-            )
+        if role != _OWNERS.get(name, role):
+            problem = f"{place} is a part of type {show_name(part['type'])} on a {role} turn"
+            refuse("field_of_another_role", origin, problem)
         if last and _PART_ORDER[name] < _PART_ORDER[last]:
             problem = f"{place} is {name} after {last}; a turn is written as reasoning, text, calls"
             refuse("bad_part", origin, problem)
         last = name
-        if name == "calls":
-            calls.append((item, place))
-        elif name == "tools":
+        if name == "tools":
             content.tools += parse_tool_list(item, place, origin)
+        elif name == "calls":
+            found[name] += parse_written_calls(item, place, origin)
         else:
-            content.texts[name].append(check_text(item, place, origin, "bad_part"))
-    content.text, content.reasoning = "".join(content.texts["text"]), "".join(content.texts["reasoning"])
-    content.calls = tuple(call for item, place in calls for call in parse_written_calls(item, place, origin))
+            found[name].append(check_text(item, place, origin, "bad_part"))
+    content.text, content.reasoning = "".join(found["text"]), "".join(found["reasoning"])
+    content.calls = tuple(found["calls"])
     return content
 
 
@@ -213,7 +211,7 @@ def _parse_part(part: Any, where: str, origin: Origin) -> tuple[str, Any]:
     if type_ not in _PARTS:
         refuse("bad_part", origin, f"{where} is a part of the unknown type {show_name(type_)}")
     names = [name for name in part if name != "type" and part[name] is not None]
-    known = {"value", "text", type_} if _PARTS[type_] in ("text", "reasoning") else {"value", type_}
+    known = ("value", "text", type_) if _PARTS[type_] in ("text", "reasoning") else ("value", type_)
     others = [name for name in names if name not in known]
     if others:
         refuse("unsupported_field", origin, f"{where} sets {list_names(others)}, which is not read")
@@ -235,7 +233,7 @@ def _parse_calls(
         value = given[found[0]] if found[0] == "tool_calls" else [given[found[0]]]
         calls = parse_calls(value, f"{where} {found[0]}", origin)
     ids = [call.id for call in calls if call.id]
-    if len(set(ids)) < len(ids):
+    if len(ids) > 1 and len(set(ids)) < len(ids):
         refuse("duplicate_call_id", origin, f"{where} has two calls with one id")
     return calls
 
@@ -249,6 +247,8 @@ def _parse_reasoning(texts: Mapping[str, str], in_parts: str, where: str, origin
 
 def _parse_weight(given: Mapping[str, Any], role: str, where: str, row: RowCheck) -> float | None:
     """The weight of an assistant turn; None where the row gives none, or to another turn 0."""
+    if given.keys().isdisjoint(_WEIGHTS):
+        return None
     weights = {name: _check_weight(name, given[name], where, row.origin) for name in _WEIGHTS if name in given}
     if len(set(weights.values())) > 1:
         refuse("conflicting_fields", row.origin, f"{where} sets {list_names(weights)}, and they differ")
@@ -262,14 +262,14 @@ def _parse_weight(given: Mapping[str, Any], role: str, where: str, row: RowCheck
 
 
 def _check_weight(name: str, value: Any, where: str, origin: Origin) -> float:
-    expected = {"weight": "0 or 1", "train": "true or false"}.get(name, f"a number from 0 to {MAX_LOSS_WEIGHT:,}")
+    is_number = isinstance(value, int | float) and not isinstance(value, bool)
     if name == "train":
-        good = isinstance(value, bool)
+        good, expected = isinstance(value, bool), "true or false"
+    elif name == "weight":
+        good, expected = is_number and value in (0, 1), "0 or 1"
     else:
-        good = isinstance(value, int | float) and not isinstance(value, bool) and 0 <= value <= MAX_LOSS_WEIGHT
-        good = good and (name == "loss_weight" or value in (0, 1))
+        good, expected = is_number and 0 <= value <= MAX_LOSS_WEIGHT, f"a number from 0 to {MAX_LOSS_WEIGHT:,}"
     if not good:
-        of_kind = isinstance(value, int | float) and not isinstance(value, bool) and name != "train"
-        found = "another number" if of_kind else kind(value)
+        found = "another number" if is_number and name != "train" else kind(value)
         refuse("bad_weight", origin, f"{where} {name} is {found}; expected {expected}")
     return float(value)

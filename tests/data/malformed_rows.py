@@ -76,7 +76,7 @@ MALFORMED = {
         parts({"type": "unheard"}),
         parts({"type": "text", "text": SECRET, "value": SECRET}),
         parts(TEXT, {"type": "reasoning", "text": SECRET}),
-        parts({"type": "tool_call", "value": "{}"}, TEXT),
+        parts({"type": "tool_call", "value": {"name": "f", "arguments": {}}}, TEXT),
     ],
     "needs_media": [
         parts({"type": "image_url", "image_url": {"url": SECRET}}, TEXT, role="user"),
