@@ -176,8 +176,8 @@ def _parse_content(value: Any, role: str, where: str, origin: Origin) -> _Conten
         return _Content(value)
     if not isinstance(value, list):
         refuse("content_not_text", origin, f"{where} content is {kind(value)}; expected a string, or a list of parts")
-    content, last = _Content(), ""
-    found: dict[str, list[Any]] = {"text": [], "reasoning": [], "calls": []}
+    last = ""
+    found: dict[str, list[Any]] = {"tools": [], "reasoning": [], "text": [], "calls": []}
     for i, part in enumerate(value):
         place = f"{where} content[{i}]"
         name, item = _parse_part(part, place, origin)
@@ -189,14 +189,13 @@ def _parse_content(value: Any, role: str, where: str, origin: Origin) -> _Conten
             refuse("bad_part", origin, problem)
         last = name
         if name == "tools":
-            content.tools += parse_tool_list(item, place, origin)
+            found[name] += parse_tool_list(item, place, origin)
         elif name == "calls":
             found[name] += parse_written_calls(item, place, origin)
         else:
             found[name].append(check_text(item, place, origin, "bad_part"))
-    content.text, content.reasoning = "".join(found["text"]), "".join(found["reasoning"])
-    content.calls = tuple(found["calls"])
-    return content
+    text, reasoning = "".join(found["text"]), "".join(found["reasoning"])
+    return _Content(text, reasoning, tuple(found["calls"]), tuple(found["tools"]))
 
 
 def _parse_part(part: Any, where: str, origin: Origin) -> tuple[str, Any]:

@@ -198,6 +198,12 @@ def test_what_keep_does(bad, expected, counts):
     assert kept == counts
 
 
+def test_the_answers_of_a_prompt_are_context_to_the_last():
+    sample = row(prompt=[U, A], completion=SECRET, system=SECRET)
+    parsed = parse_row(sample, "prompt_completion", keep=KEEPABLE)
+    assert [message.loss_weight for message in parsed.messages] == [None, None, 0.0, None]
+
+
 def test_a_refused_row_counts_nothing_as_kept():
     kept = Counter()
     with pytest.raises(RowError, match="no assistant turn"):
