@@ -20,13 +20,16 @@ import math
 import re
 import types
 import typing
+from collections.abc import Collection
 from typing import Any
 
 import ml_collections
 from ml_collections import config_dict
 
-from sft_jax.config_schema import Config, source_name
+from sft_jax.config_schema import Config, SourceConfig, source_name
 from sft_jax.datatypes import ConfigError
+from sft_jax.row_formats import FIELD_NAMES, FORMATS
+from sft_jax.row_reasons import REASONS
 
 MESH_AXES = ("replica", "fsdp", "context", "tensor", "expert")
 
@@ -101,7 +104,10 @@ def _read(hint: Any, value: Any, path: str, errors: list[str]) -> Any:
     if origin is tuple and isinstance(value, list | tuple):
         return tuple(_read(args[0], item, f"{path}[{i}]", errors) for i, item in enumerate(value))
     if origin is dict and isinstance(value, dict):
-        return dict(value)
+        item_hint = args[1]
+        if item_hint is Any:
+            return dict(value)
+        return {key: _read(item_hint, item, f"{path}.{key}", errors) for key, item in value.items()}
     if hint is float and isinstance(value, int) and not isinstance(value, bool):
         return float(value)
     if isinstance(hint, type) and isinstance(value, hint) and (hint is bool or not isinstance(value, bool)):
@@ -130,7 +136,8 @@ _CHOICES: dict[str, tuple[str, ...]] = {
     "optimizer.accum_dtype": ("float32", "bfloat16", "float64"),
     "schedule.name": ("cosine", "linear", "constant", "wsd"),
 }
-_SOURCE_FORMATS = ("auto", "messages", "prompt_completion", "text")
+_SOURCE_FORMATS = ("auto", *FORMATS)
+_POLICIES = ("error", "drop", "keep")
 _AT_LEAST: dict[str, float] = {
     "data.max_segments_per_row": 0,
     "data.max_seq_len": 2, "data.read_threads": 0, "batch.batch_size": 1, "batch.grad_accum_steps": 1,
@@ -197,10 +204,14 @@ def validate(config: Config) -> list[str]:
             formats = ", ".join(_SOURCE_FORMATS)
             require(bool(source.path), f"{path}.path", "is empty. Name a .jsonl file.")
             require(source.format in _SOURCE_FORMATS, f"{path}.format", f"is {source.format!r}; expected {formats}.")
+            errors.extend(_check_fields(source, path))
             require(names[i] not in names[:i], f"{path}.name", f"{names[i]!r} is used twice. Name each source.")
     roles = ("system", "user", "assistant", "tool")
     for name, role in data.role_map.items():
         require(role in roles, f"data.role_map.{name}", f"is {role!r}; expected one of {', '.join(roles)}.")
+    for reason, policy in data.policies.items():
+        problem = _find_policy_problem(reason, policy)
+        require(not problem, f"data.policies.{reason}", problem)
     eval_names = ["", *(source_name(source) for source in data.eval)]
     for path in ("evaluation.stop_by", "checkpoint.best_by"):
         require(get(path) in eval_names, path, f"is {get(path)!r}; no set in data.eval has that name.")
@@ -224,6 +235,36 @@ def validate(config: Config) -> list[str]:
     ordered = not steps or (len(steps) == 2 and 0 <= steps[0] <= steps[1])
     require(ordered, "log.profile_steps", f"is {steps}; expected (first, last), or () for none.")
     return errors
+
+
+def _check_fields(source: SourceConfig, path: str) -> list[str]:
+    """The errors of a source's field map: what it maps must be read."""
+    known = FORMATS[source.format].reads if source.format in FORMATS else FIELD_NAMES
+    errors = []
+    for name, theirs in source.fields.items():
+        if name not in known:
+            errors.append(f"config.{path}.fields.{name}: no field of the format {source.format}. {_hint(name, known)}")
+        if not theirs:
+            errors.append(f"config.{path}.fields.{name}: is empty. Name a field of the rows.")
+    return errors
+
+
+def _find_policy_problem(reason: str, policy: str) -> str:
+    """What is wrong with a reason's policy, or an empty string."""
+    if reason not in REASONS:
+        return f"no such reason. {_hint(reason, REASONS.keys())}"
+    if policy not in _POLICIES:
+        return f"is {policy!r}; expected one of {', '.join(_POLICIES)}."
+    if REASONS[reason].option:
+        return f"is decided by config.{REASONS[reason].option}. Set that."
+    if policy == "keep" and not REASONS[reason].keep:
+        return "is 'keep', and such a row cannot be trained on. Choose error or drop."
+    return ""
+
+
+def _hint(name: Any, known: Collection[str]) -> str:
+    close = difflib.get_close_matches(str(name), known, n=1)
+    return f"Did you mean {close[0]}?" if close else f"Known: {', '.join(sorted(known))}."
 
 
 def warnings_for(config: Config) -> list[str]:

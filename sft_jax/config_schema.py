@@ -48,7 +48,11 @@ class SourceConfig:
     name: str = ""
     """Name in reports and metrics; empty: the file's stem."""
     format: str = "auto"
-    """auto, messages, prompt_completion or text. auto takes the first row's and holds every row to it."""
+    """auto, messages, sharegpt, alpaca, prompt_completion or text: see `sft_jax/data/formats.py`. auto takes the first
+    row's and holds every row to it."""
+    fields: dict[str, str] = field(default_factory=dict)
+    """Our name of a field -> the row's, for example `dict(prompt="question", completion="answer")`; dots lead into
+    objects and lists, as in `dict(output="instances.0.output")`."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -79,6 +83,9 @@ class DataConfig:
     repeated where a turn has an example of its own."""
     averaging: str = "token"
     """token: every supervised token counts alike. example: every example does, its weights summing to 1."""
+    policies: dict[str, str] = field(default_factory=dict)
+    """Reason of `sft_jax/row_reasons.py` -> error (a bad row, the default), drop (counted) or keep (trained on as it is
+    said there, and counted), for example `dict(two_users="keep", empty_assistant="drop")`."""
     max_seq_len: int = 4096
     """Length of a packed row, and the longest example."""
     packing: str = "best_fit"
@@ -98,6 +105,11 @@ class DataConfig:
     """Where tokenized stores are kept, by fingerprint."""
     read_threads: int = 4
     """Threads that assemble batches ahead of the step; 0: none."""
+
+    @property
+    def kept_reasons(self) -> frozenset[str]:
+        """The reasons whose policy is `keep`."""
+        return frozenset(reason for reason, policy in self.policies.items() if policy == "keep")
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -60,6 +60,30 @@ def test_defaults_convert():
             "config.data.too_long: is 'cut'; expected one of error, drop, drop_early_turns, split",
         ),
         ("data.train", [], "config.data.train: is empty"),
+        (
+            "data.train",
+            [dict(path="a.jsonl", fields=dict(promt="q"))],
+            "config.data.train[0].fields.promt: no field of the format auto. Did you mean prompt?",
+        ),
+        (
+            "data.train",
+            [dict(path="a.jsonl", format="text", fields=dict(prompt="q"))],
+            "config.data.train[0].fields.prompt: no field of the format text. Known: text.",
+        ),
+        (
+            "data.train",
+            [dict(path="a.jsonl", fields=dict(text=""))],
+            "config.data.train[0].fields.text: is empty. Name",
+        ),
+        (
+            "data.train",
+            [dict(path="a.jsonl", fields=dict(text=3))],
+            "config.data.train[0].fields.text: is 3 (int); exp",
+        ),
+        ("data.policies", dict(two_user="keep"), "config.data.policies.two_user: no such reason. Did you mean two_us"),
+        ("data.policies", dict(two_users="kept"), "config.data.policies.two_users: is 'kept'; expected one of error"),
+        ("data.policies", dict(bad_part="keep"), "config.data.policies.bad_part: is 'keep', and such a row cannot"),
+        ("data.policies", dict(too_long="drop"), "config.data.policies.too_long: is decided by config.data.too_long"),
         ("data.role_map", dict(gpt="model"), "config.data.role_map.gpt: is 'model'; expected one of system"),
     ],
 )
@@ -70,6 +94,15 @@ def test_refuses(path, value, message):
     with pytest.raises(ConfigError) as error:
         from_config_dict(config)
     assert message in str(error.value)
+
+
+def test_policies_and_fields_of_sources():
+    config = good_config()
+    config.data.policies = dict(two_users="keep", empty_assistant="drop", ends_without_assistant="keep")
+    config.data.train = [dict(path="a.jsonl", fields=dict(prompt="question", completion="answer"))]
+    data = from_config_dict(config).data
+    assert data.kept_reasons == {"two_users", "ends_without_assistant"}
+    assert data.train[0].fields == {"prompt": "question", "completion": "answer"}
 
 
 def test_wrong_types_and_unknown_fields_are_all_reported_together():

@@ -64,7 +64,6 @@ def test_the_three_commands_of_the_data_page(tmp_path):
 
 
 def test_the_rows_of_the_data_page_are_of_their_formats():
-    pytest.importorskip("sft_jax.data.formats", reason="formats other than three are not here yet")
     blocks = re.findall(r"^```json\n(.*?)^```", (ROOT / "docs" / "data.md").read_text(), re.M | re.S)
     rows = [RawRow(json.loads(block), Origin("data.md", 1)) for block in blocks]
     formats = ["messages", "messages", "sharegpt", "alpaca", "prompt_completion", "text"]

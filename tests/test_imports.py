@@ -9,7 +9,7 @@ import sft_jax
 
 ROOT = Path(sft_jax.__file__).parent
 FLOORS = [
-    {"datatypes", "typing"},
+    {"datatypes", "typing", "row_formats", "row_reasons"},
     {"config_schema"},
     {"config"},
     {"data", "sharding", "command_line"},

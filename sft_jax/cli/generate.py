@@ -6,9 +6,9 @@ import sys
 from collections.abc import Iterator
 
 from sft_jax.command_line import run_command
-from sft_jax.data.conversations import parse_messages
+from sft_jax.data.conversations import parse_prompt
 from sft_jax.data.sources import read_rows
-from sft_jax.datatypes import ConfigError, DataError, Message, RawRow
+from sft_jax.datatypes import ConfigError, Conversation, DataError, Message, Origin, RawRow
 from sft_jax.inference.pretrained import open_pretrained
 from sft_jax.inference.sampler import generate
 
@@ -35,13 +35,13 @@ def main(args: list[str]) -> int:
     if options.input:
         conversations = list(read_prompts(options.input))
     else:
-        conversations = [(Message("user", options.prompt),)]
+        conversations = [ask(options.prompt, Origin("--prompt", 1))]
 
     model = open_pretrained(options.model, options.dtype)
     answers = generate(
         model.params,
         model.config,
-        [model.renderer.prompt_ids(messages) for messages in conversations],
+        [model.renderer.prompt_ids(asked.messages, asked.tools) for asked in conversations],
         stop_ids=model.renderer.stop_ids,
         max_new_tokens=options.max_new_tokens,
         temperature=options.temperature,
@@ -55,15 +55,19 @@ def main(args: list[str]) -> int:
     return 0
 
 
-def read_prompts(path: str) -> Iterator[tuple[Message, ...]]:
-    """The messages before the answer, of each row."""
+def ask(prompt: str, origin: Origin) -> Conversation:
+    return Conversation((Message("user", prompt),), origin)
+
+
+def read_prompts(path: str) -> Iterator[Conversation]:
+    """The messages before the answer, of each row, and its tools."""
     for row in read_rows(path):
         if not isinstance(row, RawRow):
             raise DataError(f"{row.origin}: {row.message}")
         if isinstance(row.fields.get("prompt"), str):
-            yield (Message("user", row.fields["prompt"]),)
+            yield ask(row.fields["prompt"], row.origin)
         else:
-            yield parse_messages(row)
+            yield parse_prompt(row)
 
 
 if __name__ == "__main__":
