@@ -20,7 +20,7 @@ from sft_jax.data.row_values import RowCheck, check_text, refuse
 from sft_jax.data.tool_calls import OpenCalls, parse_tools
 from sft_jax.datatypes import Conversation, Document, Message, RawRow
 
-__all__ = ["detect_format", "ignored_fields", "parse_messages", "parse_prompt", "parse_row"]
+__all__ = ["detect_format", "ignored_fields", "parse_prompt", "parse_row"]
 
 _NO_NAMES: dict[str, str] = {}
 _NOTHING: frozenset[str] = frozenset()
@@ -94,18 +94,6 @@ def parse_prompt(row: RawRow, role_map: Mapping[str, str] = _NO_NAMES) -> Conver
     messages, tools = _parse_turns(read_turns(fields, format, row.origin), role_map, check)
     tools = _join_tools(parse_tools(fields, TOOL_FIELDS, row.origin), tools, check)
     return Conversation(tuple(messages), row.origin, tools)
-
-
-def parse_messages(row: RawRow, role_map: Mapping[str, str] = _NO_NAMES) -> tuple[Message, ...]:
-    """The messages of a prompt without tools.
-
-    Raises:
-      RowError: as `parse_prompt`; `unsupported_field` where it offers tools.
-    """
-    prompt = parse_prompt(row, role_map)
-    if prompt.tools:
-        refuse("unsupported_field", row.origin, "offers tools, which are not supported here")
-    return prompt.messages
 
 
 def _parse_turns(
