@@ -230,5 +230,5 @@ MALFORMED = {
     "preference_pair": [row(prompt=SECRET, chosen=SECRET, rejected=SECRET), chat(U, A, chosen=SECRET, rejected=SECRET)],
     "conversation_tree": [row(message_tree_id=SECRET, prompt={"text": SECRET, "replies": []})],
 }
-OF_OTHER_ROOMS = {"malformed_json", "not_utf8", "duplicate_key", "not_an_object"}
+OF_OTHER_ROOMS = {"template_leaves_out", "malformed_json", "not_utf8", "duplicate_key", "not_an_object"}
 OF_OTHER_ROOMS |= {"template", "unknown_token", "too_long", "nothing_supervised"}
