@@ -30,31 +30,34 @@ MAX_SEQ_LEN = 2048
 LOOP, OURS, OURS_BY_TWO, TRL = "loop", "sft_jax", "sft_jax, 2 processes", "trl"
 BYTE_LEVEL = " (byte-level)"
 
-Encode = Callable[[str, str], tuple[list[int], list[int]]]
+Encode = Callable[[str, str], tuple[list[int], list[int], list[int]]]
+"""(question, answer) -> ids of the prompt, of the supervised answer with its stop token, and of what stands behind."""
 
 
 def open_sentencepiece() -> Encode:
-    """(question, answer) -> the ids of both, as Llama-2's template has them."""
+    """As Llama-2's template has them."""
     import sentencepiece
 
     assets = Path(os.environ["SFT_JAX_ASSETS"])
     model = sentencepiece.SentencePieceProcessor(model_file=str(assets / "tokenizers/llama2/tokenizer.model"))
 
-    def encode(question: str, answer: str) -> tuple[list[int], list[int]]:
-        return [1, *model.encode(f"[INST] {question} [/INST]")], [*model.encode(f"{answer} "), 2]
+    def encode(question: str, answer: str) -> tuple[list[int], list[int], list[int]]:
+        return [1, *model.encode(f"[INST] {question} [/INST]")], [*model.encode(f"{answer} "), 2], []
 
     return encode
 
 
 def open_byte_level() -> Encode:
-    """The same as ChatML has them, with a tokenizer.json."""
+    """As ChatML has them, with a tokenizer.json."""
     from tokenizers import Tokenizer
 
     tokenizer = Tokenizer.from_file(str(byte_level_folder() / "tokenizer.json"))
 
-    def encode(question: str, answer: str) -> tuple[list[int], list[int]]:
+    newline = tokenizer.encode("\n").ids
+
+    def encode(question: str, answer: str) -> tuple[list[int], list[int], list[int]]:
         prompt = tokenizer.encode(f"<|im_start|>user\n{question}<|im_end|>\n<|im_start|>assistant\n")
-        return prompt.ids, tokenizer.encode(f"{answer}<|im_end|>\n").ids
+        return prompt.ids, tokenizer.encode(f"{answer}<|im_end|>").ids, newline
 
     return encode
 
@@ -69,10 +72,10 @@ def run_loop(folder: Path, open_encode: Callable[[], Encode]) -> dict:
     with (folder / CHATS).open() as file:
         for line in file:
             question, answer = (message["content"] for message in json.loads(line)["messages"])
-            prompt_ids, answer_ids = encode(question, answer)
-            ids = np.array(prompt_ids + answer_ids, np.int32)
+            prompt_ids, answer_ids, rest = encode(question, answer)
+            ids = np.array(prompt_ids + answer_ids + rest, np.int32)
             mask = np.zeros(len(ids), np.float32)
-            mask[len(prompt_ids) :] = 1
+            mask[len(prompt_ids) : len(prompt_ids) + len(answer_ids)] = 1
             num_examples += 1
             num_ids += len(ids)
             num_supervised += len(answer_ids)

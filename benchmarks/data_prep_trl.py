@@ -43,7 +43,8 @@ def prepare(folder: Path) -> dict:
     packed = trainer.train_dataset
     table = (packed if packed._indices is None else packed.flatten_indices()).data
     num_ids = pc.sum(pc.list_value_length(table.column("input_ids"))).as_py()
-    supervised = sum(pc.sum(pc.list_flatten(chunk)).as_py() for chunk in table.column("assistant_masks").chunks)
+    labels = pc.list_flatten(table.column("labels").combine_chunks())
+    supervised = pc.sum(pc.not_equal(labels, -100)).as_py()
     return {
         "examples": len(chats), "ids": num_ids, "supervised": supervised, "fill": num_ids / (len(packed) * MAX_SEQ_LEN),
         "seconds": seconds, "cpu_seconds": cpu,
