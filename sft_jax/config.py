@@ -132,8 +132,9 @@ _CHOICES: dict[str, tuple[str, ...]] = {
 _SOURCE_FORMATS = ("auto", "messages", "prompt_completion", "text")
 _SPLITS = ("all", "train", "held_out")
 _AT_LEAST: dict[str, float] = {
-    "data.max_seq_len": 2, "data.read_threads": 0, "data.prepare_processes": 0, "batch.batch_size": 1, "batch.grad_accum_steps": 1,
-    "batch.eval_batch_size": 0, "loss.z_loss_weight": 0, "loss.label_smoothing": 0, "loss.chunk_tokens": 1,
+    "data.max_seq_len": 2, "data.read_threads": 0, "data.prepare_processes": 0,
+    "batch.batch_size": 1, "batch.grad_accum_steps": 1, "batch.eval_batch_size": 0,
+    "loss.z_loss_weight": 0, "loss.label_smoothing": 0, "loss.chunk_tokens": 1,
     "model.neftune_alpha": 0, "optimizer.learning_rate": 0, "optimizer.weight_decay": 0, "optimizer.grad_clip_norm": 0,
     "optimizer.max_skipped_steps": 1, "schedule.num_epochs": 1, "schedule.num_steps": 1, "schedule.warmup_steps": 0,
     "schedule.warmup_fraction": 0, "schedule.final_fraction": 0, "schedule.decay_fraction": 0,

@@ -23,8 +23,8 @@ class WordRenderer(Renderer):
         self.unknown_tokens = unknown_tokens
         self.version = version
 
-    def fingerprint(self):
-        return self.version
+    def fingerprint_fields(self):
+        return {"config.data.tokenizer": self.version}
 
     def render(self, row):
         if isinstance(row, Document):
