@@ -88,7 +88,7 @@ def test_the_digest_is_that_of_the_file(tmp_path):
 def test_paths_are_checked_by_field(tmp_path):
     with pytest.raises(DataError, match=r"config\.data\.train\[2\]\.path: '.*none\.jsonl' is not there\. Name"):
         resolve_files(str(tmp_path / "none.jsonl"), "config.data.train[2].path")
-    with pytest.raises(DataError, match="is a folder"):
+    with pytest.raises(DataError, match=r"has no \.jsonl file"):
         resolve_files(str(tmp_path), "config.data.train[2].path")
     (tmp_path / "rows.parquet").touch()
     with pytest.raises(DataError, match=r"does not end in \.jsonl"):

@@ -57,5 +57,5 @@ class WordRenderer(Renderer):
 def make_config(tmp_path, *paths, seed=0, **data):
     """A config over source files; the stores lie in the test's folder."""
     defaults = {"max_seq_len": 16, "read_threads": 0, "store_dir": f"{tmp_path}/stores"}
-    sources = tuple(SourceConfig(path=str(path)) for path in paths)
-    return Config(run=RunConfig(seed=seed), data=DataConfig(train=sources, **(defaults | data)))
+    sources = {"train": tuple(SourceConfig(path=str(path)) for path in paths)}
+    return Config(run=RunConfig(seed=seed), data=DataConfig(**(sources | defaults | data)))
