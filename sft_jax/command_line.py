@@ -46,11 +46,6 @@ def config_parser(prog: str, description: str, example: str) -> argparse.Argumen
     )
 
 
-def parse_config(parser: argparse.ArgumentParser, args: Sequence[str]) -> Config:
-    """The config of a command that has no options of its own."""
-    return read_config(parser.parse_known_args(args)[1])
-
-
 def read_config(args: Sequence[str]) -> Config:
     """`["--config=configs/demo.py", "--config.batch.batch_size=8"]` -> Config.
 

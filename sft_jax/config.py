@@ -17,6 +17,7 @@ together. Below it there are no defaults and no look-ups by string.
 import dataclasses
 import difflib
 import math
+import os
 import re
 import types
 import typing
@@ -26,7 +27,7 @@ from typing import Any
 import ml_collections
 from ml_collections import config_dict
 
-from sft_jax.config_schema import Config, SourceConfig, source_name
+from sft_jax.config_schema import Config, DataConfig, SourceConfig, source_name
 from sft_jax.datatypes import ConfigError
 from sft_jax.row_formats import FIELD_NAMES, FORMATS
 from sft_jax.row_reasons import REASONS
@@ -132,16 +133,18 @@ _CHOICES: dict[str, tuple[str, ...]] = {
     "data.row_order": ("shuffled", "longest_first"),
     "data.too_long": ("error", "drop", "drop_early_turns", "split_turns", "truncate"),
     "data.unknown_tokens": ("error", "drop", "keep"),
+    "data.eval_overlap": ("error", "drop", "keep"),
     "optimizer.name": ("adamw", "adafactor", "lion", "sgd"),
     "optimizer.accum_dtype": ("float32", "bfloat16", "float64"),
     "schedule.name": ("cosine", "linear", "constant", "wsd"),
 }
 _SOURCE_FORMATS = ("auto", *FORMATS)
 _POLICIES = ("error", "drop", "keep")
+_SPLITS = ("all", "train", "held_out")
 _AT_LEAST: dict[str, float] = {
-    "data.max_segments_per_row": 0,
-    "data.max_seq_len": 2, "data.read_threads": 0, "batch.batch_size": 1, "batch.grad_accum_steps": 1,
-    "batch.eval_batch_size": 0, "loss.z_loss_weight": 0, "loss.label_smoothing": 0, "loss.chunk_tokens": 1,
+    "data.max_seq_len": 2, "data.read_threads": 0, "data.prepare_processes": 0, "data.max_segments_per_row": 0,
+    "batch.batch_size": 1, "batch.grad_accum_steps": 1, "batch.eval_batch_size": 0,
+    "loss.z_loss_weight": 0, "loss.label_smoothing": 0, "loss.chunk_tokens": 1,
     "model.neftune_alpha": 0, "optimizer.learning_rate": 0, "optimizer.weight_decay": 0, "optimizer.grad_clip_norm": 0,
     "optimizer.max_skipped_steps": 1, "schedule.num_epochs": 1, "schedule.num_steps": 1, "schedule.warmup_steps": 0,
     "schedule.warmup_fraction": 0, "schedule.final_fraction": 0, "schedule.decay_fraction": 0,
@@ -206,6 +209,11 @@ def validate(config: Config) -> list[str]:
             require(source.format in _SOURCE_FORMATS, f"{path}.format", f"is {source.format!r}; expected {formats}.")
             errors.extend(_check_fields(source, path))
             require(names[i] not in names[:i], f"{path}.name", f"{names[i]!r} is used twice. Name each source.")
+            errors.extend(f"config.{path}.{error}" for error in _check_share(source, group))
+    weighted = [source.weight is not None for source in data.train]
+    same = all(weighted) or not any(weighted)
+    require(same, "data.train", "has sources with a weight and sources without. Give a weight to all, or to none.")
+    errors.extend(_check_held_out_files(data))
     roles = ("system", "user", "assistant", "tool")
     for name, role in data.role_map.items():
         require(role in roles, f"data.role_map.{name}", f"is {role!r}; expected one of {', '.join(roles)}.")
@@ -265,6 +273,45 @@ def _find_policy_problem(reason: str, policy: str) -> str:
 def _hint(name: Any, known: Collection[str]) -> str:
     close = difflib.get_close_matches(str(name), known, n=1)
     return f"Did you mean {close[0]}?" if close else f"Known: {', '.join(sorted(known))}."
+
+
+def _check_share(source: SourceConfig, group: str) -> list[str]:
+    """What is wrong with the part of a source that is taken, each beginning with a field's name."""
+    errors = []
+    split, fraction = source.split, source.held_out_fraction
+    if split not in _SPLITS:
+        errors.append(f"split: is {split!r}; expected {', '.join(_SPLITS)}.")
+    elif split == "all" and fraction != 0:
+        errors.append(f"held_out_fraction: is {fraction}, and split is 'all'. Set split to 'train' or 'held_out'.")
+    elif split != "all" and not 0 < fraction < 1:
+        errors.append(f"held_out_fraction: is {fraction}; split {split!r} needs one between 0 and 1.")
+    if source.max_rows < 0:
+        errors.append(f"max_rows: is {source.max_rows}; expected at least 0.")
+    for name in ("epochs", "weight", "loss_weight"):
+        value = getattr(source, name)
+        if value is not None and not 0 < value < math.inf:
+            errors.append(f"{name}: is {value}; expected a positive number.")
+        if group == "eval" and value != getattr(SourceConfig(), name):
+            errors.append(f"{name}: is set; a held-out set is seen once, as it is. Leave it out.")
+    if source.weight is not None and source.epochs != 1:
+        errors.append("epochs: is set, and so is weight, from which the epochs follow. Leave one of them out.")
+    return errors
+
+
+def _check_held_out_files(data: DataConfig) -> list[str]:
+    """A file that is both trained on and held out needs the two sides of one split."""
+    errors = []
+    for i, held_out in enumerate(data.eval):
+        for j, source in enumerate(data.train):
+            same_file = bool(source.path) and os.path.normpath(source.path) == os.path.normpath(held_out.path)
+            sides = {source.split, held_out.split}
+            apart = sides == {"train", "held_out"} and source.held_out_fraction == held_out.held_out_fraction
+            if same_file and not apart and data.eval_overlap != "keep":
+                errors.append(
+                    f"config.data.eval[{i}].path: {held_out.path} is config.data.train[{j}].path too. Give one "
+                    "split='train' and the other split='held_out', both with the same held_out_fraction."
+                )
+    return errors
 
 
 def warnings_for(config: Config) -> list[str]:

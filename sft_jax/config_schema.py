@@ -17,6 +17,9 @@ class RunConfig:
     """Join the job's other processes by `jax.distributed.initialize`, which finds them on TPU pods, GKE and Slurm."""
     compilation_cache: str = "~/.cache/sft_jax/xla"
     """Folder of the persistent compilation cache; empty: none."""
+    override_fingerprint: bool = False
+    """Resume on other data than the checkpoint's, in another order, or both; the change is kept in every later
+    checkpoint. For one start: it is not in the run's `config.json`. `--override-fingerprint` is short for it."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -53,14 +56,31 @@ class SourceConfig:
     fields: dict[str, str] = field(default_factory=dict)
     """Our name of a field -> the row's, for example `dict(prompt="question", completion="answer")`; dots lead into
     objects and lists, as in `dict(output="instances.0.output")`."""
+    split: str = "all"
+    """all, train or held_out: which side of `held_out_fraction` is read. The same row is always on the same side,
+    wherever it stands."""
+    held_out_fraction: float = 0.0
+    """Share of the rows that `split="held_out"` reads, and `split="train"` does not."""
+    max_rows: int = 0
+    """Rows that are read, the first ones, before any split; 0: all."""
+    epochs: float = 1.0
+    """Passes over this source in an epoch. 0.5: half of it in each epoch, the other half in the next; 2: each example
+    twice."""
+    weight: float | None = None
+    """Share of an epoch's examples, relative to the other sources' weights; all training sources have one, or none.
+    The source that is scarcest for its weight is seen once an epoch."""
+    loss_weight: float = 1.0
+    """Multiplies the loss weights of this source's tokens."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class DataConfig:
     train: tuple[SourceConfig, ...] = ()
-    """Training sources. Every row of each is one example per epoch."""
+    """Training sources: a mixture, by each source's `epochs` or `weight`."""
     eval: tuple[SourceConfig, ...] = ()
     """Held-out sets, each evaluated under its name."""
+    eval_overlap: str = "error"
+    """Examples of a held-out set that are also trained on: error, drop (from training, counted) or keep."""
     tokenizer: str = ""
     """Folder or file of the tokenizer; empty: `model.path`."""
     chat_template: str = ""
@@ -102,7 +122,9 @@ class DataConfig:
     max_bad_fraction: float = 0.0
     """Share of rows that may be bad (malformed, over-long, ...) before the run stops; they are dropped and counted."""
     store_dir: str = "~/.cache/sft_jax/data"
-    """Where tokenized stores are kept, by fingerprint."""
+    """Where tokenized stores are kept, by fingerprint. Runs and hosts that share the folder share the work."""
+    prepare_processes: int = 0
+    """Processes that tokenize; 1: this one alone; 0: as many as there are cores, where there is enough to do."""
     read_threads: int = 4
     """Threads that assemble batches ahead of the step; 0: none."""
 

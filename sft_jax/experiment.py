@@ -1,7 +1,8 @@
 """Config in, the parts of an experiment out: each function opens one of them, and none of them trains."""
 
 import dataclasses
-from collections.abc import Callable, Iterator
+import re
+from collections.abc import Callable, Iterator, Mapping
 from functools import cached_property
 from typing import Any
 
@@ -47,6 +48,7 @@ def open_train_data(config: Config, renderer: Renderer) -> PackedDataset:
         num_epochs=epochs if steps is None else None,
         num_steps=steps,
         shuffle=True,
+        held_out=config.data.eval,
     )
 
 
@@ -157,29 +159,67 @@ def place_model(config: Config, renderer: Renderer) -> ModelOnMesh:
     return ModelOnMesh(config, model, mesh, shardings_for(mesh, dims, {path: s.shape for path, s in shapes.items()}))
 
 
-def open_state(
-    placed: ModelOnMesh, manager: CheckpointManager, data: PackedDataset
-) -> tuple[TrainState, Params, EarlyStopping]:
-    """(state, frozen parameters, early stopping): of the newest checkpoint, or before the first step.
+@dataclasses.dataclass(frozen=True)
+class Start:
+    """Where a run begins: before its first step, or at its newest checkpoint."""
 
+    state: TrainState
+    frozen: Params
+    stopping: EarlyStopping
+    overrides: tuple[dict[str, Any], ...] = ()
+    """Each resume on other data that `config.run.override_fingerprint` has let through: its step, and what changed."""
+
+
+def open_start(placed: ModelOnMesh, manager: CheckpointManager, data: PackedDataset) -> Start:
+    """
     Raises:
-      ConfigError: the checkpoint is of another model, on other data or in another order; names what changed.
+      ConfigError: the checkpoint is of another model; or on other data or in another order, and the config does not
+        override that. Names all that changed.
     """
     latest = manager.latest_step()
     if latest is None:
         trainable, frozen = placed.split(placed.open_params())
-        return init_state(trainable, placed.optimizer), frozen, EarlyStopping()
-    meta = manager.read_meta(latest)
-    saved = {**meta["data"], **meta["model"]}
-    now = {**data.fingerprint_fields, **placed.identity}
-    changed = [f"{name}: {saved.get(name)} -> {now[name]}" for name in now if saved.get(name) != now[name]]
-    if changed:
+        return Start(init_state(trainable, placed.optimizer), frozen, EarlyStopping())
+    meta, run = manager.read_meta(latest), placed.config.run
+    in_data = describe_changes(meta["data"], data.fingerprint_fields)
+    in_model = describe_changes(meta["model"], placed.identity)
+    if in_model or (in_data and not run.override_fingerprint):
+        changed = "\n".join(f"  {change}" for change in [*in_model, *in_data])
+        way_on = "" if in_model else ", or go on with the new data by --override-fingerprint"
         raise ConfigError(
-            f"config.run.dir: {placed.config.run.dir} has a checkpoint of step {latest} of another model, on other "
-            f"data or in another order ({'; '.join(changed)}). Restore the old settings, or name a new config.run.dir."
+            f"config.run.dir: {run.dir} has a checkpoint of step {latest} of another model, on other data or in "
+            f"another order:\n{changed}\nRestore what it was, name a new config.run.dir{way_on}."
         )
+    overrides = tuple(meta["overrides"])
+    if in_data:
+        overrides += ({"step": latest, "changes": in_data},)
     restored, meta = manager.restore(latest, vars(placed.abstract_state))
-    return TrainState(**restored), placed.open_frozen(), EarlyStopping.from_json(meta["stopping"])
+    return Start(TrainState(**restored), placed.open_frozen(), EarlyStopping.from_json(meta["stopping"]), overrides)
+
+
+def describe_changes(saved: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
+    """What differs between the fields of a checkpoint and those of now, a line for each. A source that is gone or new
+    is one line."""
+    changes = []
+    for name in {**saved, **now}:
+        source, _, field = name.rpartition(".")
+        of_source = source.endswith("]")
+        if name not in now:
+            if not of_source or field == "path":
+                changes.append(f"{source if of_source else name}: is no longer there")
+        elif name not in saved:
+            if not of_source or field == "path":
+                changes.append(f"{source if of_source else name}: is new")
+        elif saved[name] != now[name]:
+            digests = _is_digest(saved[name]) or _is_digest(now[name])
+            changes.append(f"{name}: " + ("its content changed" if digests else f"{saved[name]} -> {now[name]}"))
+    return changes
+
+
+def _is_digest(value: Any) -> bool:
+    """sha256 in hex, or a list of them, which tells nobody anything."""
+    values = value if isinstance(value, list) else [value]
+    return any(isinstance(item, str) and re.fullmatch("[0-9a-f]{64}", item) for item in values)
 
 
 def open_evaluators(placed: ModelOnMesh, renderer: Renderer) -> list[Evaluator]:

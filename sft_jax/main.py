@@ -3,6 +3,7 @@
 python -m sft_jax.main --config=configs/demo.py --config.run.dir=runs/demo
 """
 
+import dataclasses
 import json
 import math
 import sys
@@ -13,7 +14,7 @@ from rich.console import Console
 
 from sft_jax.checkpoint.hf import check_export_target, export_pretrained
 from sft_jax.checkpoint.manager import CheckpointManager
-from sft_jax.command_line import config_parser, parse_config, run_command
+from sft_jax.command_line import config_parser, read_config, run_command
 from sft_jax.config import warnings_for
 from sft_jax.config_schema import Config
 from sft_jax.data.pipeline import PackedDataset
@@ -24,7 +25,7 @@ from sft_jax.experiment import (
     ModelOnMesh,
     open_evaluators,
     open_renderer,
-    open_state,
+    open_start,
     open_train_data,
     place_batches,
     place_model,
@@ -66,8 +67,9 @@ def run(config: Config, console: Console | None = None) -> epath.Path:
     manager = CheckpointManager(
         run_dir / "checkpoints", config.checkpoint.keep_latest, keep_best=bool(config.checkpoint.best_by)
     )
-    state, frozen, stopping = open_state(placed, manager, data)
-    step = int(state.step)
+    start = open_start(placed, manager, data)
+    frozen, stopping = start.frozen, start.stopping
+    step = int(start.state.step)
     if step > data.num_steps:
         raise ConfigError(
             f"config.schedule: asks for {data.num_steps} steps, and {run_dir} has already done {step}. "
@@ -78,6 +80,9 @@ def run(config: Config, console: Console | None = None) -> epath.Path:
         describe_run(console, placed, data, renderer)
         if step:
             console.print(f"{'resumed':12}at step {step:,} of {data.num_steps:,}", highlight=False)
+        for override in start.overrides:
+            changes = "; ".join(override["changes"])
+            console.print(f"{'overridden':12}at step {override['step']:,}: {changes}", soft_wrap=True, highlight=False)
     writer = MetricsWriter(run_dir, step, config.log.tensorboard)
     progress = ProgressReporter(console, data.num_steps, step)
     trainer = Trainer(
@@ -88,14 +93,14 @@ def run(config: Config, console: Console | None = None) -> epath.Path:
         batches=place_batches(data, placed.mesh, config.batch.batch_size),
         evaluators=evaluators,
         manager=manager,
-        meta={"data": data.fingerprint_fields, "model": placed.identity},
+        meta={"data": data.fingerprint_fields, "model": placed.identity, "overrides": list(start.overrides)},
         meter=StepMeter(data.source_names, train_flops_per_token(placed.model, config.data.max_seq_len)),
         writer=writer,
         progress=progress,
         stop_signal=stop_signal,
     )
     try:
-        state = trainer.train(state, frozen, stopping)
+        state = trainer.train(start.state, frozen, stopping)
     finally:
         progress.close()
         writer.close()
@@ -146,6 +151,8 @@ def make_run_dir(run_dir: epath.Path) -> None:
 
 def write_run_files(run_dir: epath.Path, config: Config, data: PackedDataset) -> None:
     """`config.json`, `provenance.json` and `data_report.json`."""
+    # A change of data is let through by whoever starts a run, and not again by its config.
+    config = dataclasses.replace(config, run=dataclasses.replace(config.run, override_fingerprint=False))
     files = {"config": config.to_dict(), "provenance": describe_environment(config), "data_report": data.report}
     for name, content in files.items():
         (run_dir / f"{name}.json").write_text(json.dumps(content, indent=1) + "\n")
@@ -178,7 +185,11 @@ def describe_run(console: Console, placed: ModelOnMesh, data: PackedDataset, ren
 def main(args: list[str]) -> int:
     """The command `python -m sft_jax.main`."""
     parser = config_parser("python -m sft_jax.main", "Fine-tune.", "python -m sft_jax.main --config=configs/demo.py")
-    config = parse_config(parser, args)
+    parser.add_argument(
+        "--override-fingerprint", action="store_true", help="resume on other data than the checkpoint's, and say so"
+    )
+    options, rest = parser.parse_known_args(args)
+    config = read_config([*rest, *(["--config.run.override_fingerprint=true"] if options.override_fingerprint else [])])
     try:
         run(config)
     except Preempted as stop:

@@ -84,6 +84,44 @@ def test_defaults_convert():
         ("data.policies", dict(two_users="kept"), "config.data.policies.two_users: is 'kept'; expected one of error"),
         ("data.policies", dict(bad_part="keep"), "config.data.policies.bad_part: is 'keep', and such a row cannot"),
         ("data.policies", dict(too_long="drop"), "config.data.policies.too_long: is decided by config.data.too_long"),
+        ("data.prepare_processes", -1, "config.data.prepare_processes: is -1; expected at least 0"),
+        ("data.eval_overlap", "ignore", "config.data.eval_overlap: is 'ignore'; expected one of error, drop, keep"),
+        ("data.train", [dict(path="a.jsonl", epochs=0.0)], "config.data.train[0].epochs: is 0.0; expected a positive"),
+        ("data.train", [dict(path="a.jsonl", weight=float("nan"))], "config.data.train[0].weight: is nan; expected a"),
+        ("data.train", [dict(path="a.jsonl", loss_weight=-1.0)], "config.data.train[0].loss_weight: is -1.0; expected"),
+        (
+            "data.train",
+            [dict(path="a.jsonl", max_rows=-1)],
+            "config.data.train[0].max_rows: is -1; expected at least 0",
+        ),
+        (
+            "data.train",
+            [dict(path="a.jsonl", weight=1.0, epochs=2.0)],
+            "config.data.train[0].epochs: is set, and so is weight",
+        ),
+        (
+            "data.train",
+            [dict(path="a.jsonl", weight=1.0), dict(path="b.jsonl")],
+            "config.data.train: has sources with a weight and sources without",
+        ),
+        ("data.train", [dict(path="a.jsonl", split="test")], "config.data.train[0].split: is 'test'; expected all, tr"),
+        (
+            "data.train",
+            [dict(path="a.jsonl", split="train")],
+            "config.data.train[0].held_out_fraction: is 0.0; split 'train' needs one between 0 and 1",
+        ),
+        (
+            "data.train",
+            [dict(path="a.jsonl", held_out_fraction=0.1)],
+            "config.data.train[0].held_out_fraction: is 0.1, and split is 'all'",
+        ),
+        ("data.eval", [dict(path="c.jsonl", epochs=2.0)], "config.data.eval[0].epochs: is set; a held-out set is seen"),
+        ("data.eval", [dict(path="./b.jsonl")], "config.data.eval[0].path: ./b.jsonl is config.data.train[1].path too"),
+        (
+            "data.eval",
+            [dict(path="a.jsonl", split="held_out", held_out_fraction=0.1)],
+            "config.data.eval[0].path: a.jsonl is config.data.train[0].path too",
+        ),
         ("data.role_map", dict(gpt="model"), "config.data.role_map.gpt: is 'model'; expected one of system"),
     ],
 )
@@ -103,6 +141,21 @@ def test_policies_and_fields_of_sources():
     data = from_config_dict(config).data
     assert data.kept_reasons == {"two_users", "ends_without_assistant"}
     assert data.train[0].fields == {"prompt": "question", "completion": "answer"}
+
+
+@pytest.mark.parametrize(
+    ("fraction", "overlap", "good"), [(0.1, "error", True), (0.2, "error", False), (0.2, "keep", True)]
+)
+def test_a_file_may_be_both_sides_of_one_split(fraction, overlap, good):
+    config = good_config()
+    config.data.train = [dict(path="a.jsonl", split="train", held_out_fraction=0.1)]
+    config.data.eval = [dict(path="a.jsonl", split="held_out", held_out_fraction=fraction)]
+    config.data.eval_overlap = overlap
+    if good:
+        assert from_config_dict(config).data.eval[0].split == "held_out"
+    else:
+        with pytest.raises(ConfigError, match="both with the same held_out_fraction"):
+            from_config_dict(config)
 
 
 def test_wrong_types_and_unknown_fields_are_all_reported_together():

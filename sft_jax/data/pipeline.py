@@ -11,17 +11,21 @@ Which rows a batch holds follows from (data, seed, step) alone, so a run starts 
 any number of processes. Importing grain imports jax, but nothing here starts a jax backend.
 """
 
+import bisect
+import functools
 import hashlib
 import itertools
 import json
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import grain
 import numpy as np
 
 from sft_jax.config_schema import Config, SourceConfig, source_name
+from sft_jax.data.mixture import MIXTURE_VERSION, Mixture, passes_per_epoch
+from sft_jax.data.overlap import find_trained, refuse_overlap
 from sft_jax.data.packing import (
     PLAN_VERSION,
     PackedArrays,
@@ -31,9 +35,9 @@ from sft_jax.data.packing import (
     balanced_order,
     plan_epoch,
 )
-from sft_jax.data.rendering import Renderer
+from sft_jax.data.rendering import Renderer, open_renderer
 from sft_jax.data.report import account_to_json, check_account
-from sft_jax.data.sources import check_source_path
+from sft_jax.data.sources import resolve_files
 from sft_jax.data.store import TokenStore, open_store
 from sft_jax.datatypes import ConfigError, DataError, HostBatch, Origin, PackedRow
 
@@ -47,6 +51,8 @@ def open_dataset(
     num_epochs: int | None,
     num_steps: int | None,
     shuffle: bool,
+    held_out: Sequence[SourceConfig] = (),
+    renderer_factory: Callable[[], Renderer] | None = None,
 ) -> "PackedDataset":
     """Tokenize what has not been tokenized yet, check every source's account, and plan the run.
 
@@ -55,26 +61,30 @@ def open_dataset(
       num_epochs: passes over the data; None where num_steps is given.
       num_steps: batches in all, from as many epochs as they take; None where num_epochs is given.
       shuffle: by `config.run.seed`, each epoch anew; False: the same order always, as evaluation wants it.
+      held_out: sources that `config.data.eval_overlap` keeps apart from these.
+      renderer_factory: opens the renderer in another process; None: by the config.
 
     Raises:
-      DataError: a source is missing, has more bad rows than `config.data.max_bad_fraction`, or nothing to train on.
+      DataError: a source is missing, has more bad rows than `config.data.max_bad_fraction`, or nothing to train on; a
+        held-out example is trained on.
     """
     if not sources:
         raise DataError("config.data: names no source to read. Add one: [dict(path='chats.jsonl')].")
-    for source in sources:
-        check_source_path(source.path, _field_of(source, config))
-    stores = [open_store(source, config.data, renderer) for source in sources]
-    errors = []
-    for store in stores:
-        try:
-            check_account(store.account, store.path, config.data.max_bad_fraction)
-        except DataError as error:
-            errors.append(str(error))
-    if errors:
-        raise DataError("\n".join(errors))
+    factory = renderer_factory or functools.partial(open_renderer, config.data, config.model.path)
+    open_all = functools.partial(_open_stores, config=config, renderer=renderer, renderer_factory=factory)
+    stores, overlap = open_all(sources), config.data.eval_overlap
+    taken = [np.ones(len(store), bool) for store in stores]
+    if held_out and overlap != "keep":
+        held_out_stores = open_all(held_out)
+        if overlap == "error":
+            refuse_overlap(
+                stores, {_field_of(source, config): s for source, s in zip(held_out, held_out_stores, strict=True)}
+            )
+        taken = [~trained for trained in find_trained(stores, held_out_stores)]
     return PackedDataset(
         stores,
-        [source_name(source) for source in sources],
+        taken,
+        sources,
         config,
         batch_size=batch_size,
         num_epochs=num_epochs,
@@ -83,13 +93,38 @@ def open_dataset(
     )
 
 
+def _open_stores(
+    sources: Sequence[SourceConfig], config: Config, renderer: Renderer, renderer_factory: Callable[[], Renderer]
+) -> list[TokenStore]:
+    """The stores of all sources, their accounts checked together."""
+    files = [resolve_files(source.path, f"{_field_of(source, config)}.path") for source in sources]
+    stores = [
+        open_store(source, of_source, config.data, renderer, renderer_factory)
+        for source, of_source in zip(sources, files, strict=True)
+    ]
+    errors = []
+    for store in stores:
+        try:
+            check_account(store.account, store.path, config.data.max_bad_fraction)
+        except DataError as error:
+            errors.append(str(error))
+    if errors:
+        raise DataError("\n".join(errors))
+    return stores
+
+
 class PackedDataset:
-    """The global batches of a run, by number."""
+    """The global batches of a run, by number.
+
+    Args:
+      taken: for each store, which of its examples are trained on.
+    """
 
     def __init__(
         self,
         stores: Sequence[TokenStore],
-        source_names: Sequence[str],
+        taken: Sequence[np.ndarray],
+        sources: Sequence[SourceConfig],
         config: Config,
         *,
         batch_size: int,
@@ -97,78 +132,117 @@ class PackedDataset:
         num_steps: int | None,
         seed: int | None,
     ):
-        self.source_names = tuple(source_names)
-        self._stores = tuple(stores)
+        self.source_names = tuple(source_name(source) for source in sources)
+        self._stores, self._taken, self._sources = tuple(stores), tuple(taken), tuple(sources)
         self._starts = np.cumsum([0, *map(len, stores)])  # example ids of source s: [starts[s], starts[s + 1])
         self._lengths = np.concatenate([store.lengths for store in stores])
+        self._loss_weights = np.array([source.loss_weight for source in sources], np.float32)
         self._batch_size, self._seed = batch_size, seed
         self._max_seq_len, self._packing = config.data.max_seq_len, config.data.packing
         self._max_segments, self._row_order = config.data.max_segments_per_row, config.data.row_order
         self._read_threads = config.data.read_threads
+        self._fields = [_field_of(source, config) for source in sources]
 
+        examples = [start + np.flatnonzero(t) for start, t in zip(self._starts[:-1], taken, strict=True)]
+        for field, store, ids in zip(self._fields, stores, examples, strict=True):
+            if not len(ids):
+                raise DataError(f"{field}.path: all examples of {store.path} are held out too. Remove the source.")
+        passes = passes_per_epoch(sources, [len(ids) for ids in examples], self._fields)
+        self._mixture = Mixture(examples, passes, seed)
         self._lock = threading.Lock()
         self._plans: dict[int, tuple[PackingPlan, np.ndarray]] = {}
-        self._rows_per_epoch = self._plan(0)[0].num_rows
-        if num_steps is not None:
-            self._num_filled = num_steps * batch_size
+        self._row_starts = self._count_rows(num_epochs, None if num_steps is None else num_steps * batch_size)
+        if num_steps is None:
+            self._num_filled = self._row_starts[-1]
         else:
-            assert num_epochs is not None
-            self._num_filled = num_epochs * self._rows_per_epoch
+            self._num_filled = num_steps * batch_size
         self.num_steps = -(-self._num_filled // batch_size)
         self.num_rows = self.num_steps * batch_size
-        self.steps_per_epoch = self._rows_per_epoch / batch_size
+        self.steps_per_epoch = self._row_starts[-1] / (len(self._row_starts) - 1) / batch_size
+
+    def _count_rows(self, num_epochs: int | None, num_rows: int | None) -> list[int]:
+        """The number of the first row of each epoch, and of the row after the last, for so many epochs, or for as many
+        as so many rows take."""
+        starts = [0]
+        while len(starts) - 1 != num_epochs and (num_rows is None or starts[-1] < num_rows):
+            epoch = 0 if self._mixture.is_constant else len(starts) - 1
+            starts.append(starts[-1] + self._plan(epoch)[0].num_rows)
+        return starts
 
     @property
     def fingerprint_fields(self) -> dict[str, Any]:
-        """All that decides what each batch holds, as JSON values by name; the length of the run does not."""
-        by_source = {"content", "format"}
-        shared = {name: value for name, value in self._stores[0].fingerprint_fields.items() if name not in by_source}
+        """All that decides what each batch holds, as JSON values by name; the length of the run does not. Files,
+        template and tokenizer stand as their sha256."""
+        fields: dict[str, Any] = {}
+        for field, store, source in zip(self._fields, self._stores, self._sources, strict=True):
+            own = {name: getattr(source, name) for name in ("epochs", "weight", "loss_weight")}
+            for name, value in store.fingerprint_fields.items():
+                if name.startswith("source."):
+                    own[name.removeprefix("source.")] = value
+                else:
+                    fields[name] = value
+            fields |= {f"{field}.{name}": value for name, value in own.items()}
+        dropped = [np.flatnonzero(~taken).tolist() for taken in self._taken]
         return {
-            "files": [store.fingerprint_fields["content"] for store in self._stores],
-            "formats": [store.fingerprint_fields["format"] for store in self._stores],
-            **shared,
-            "packing": self._packing,
-            "max_segments_per_row": self._max_segments,
-            "row_order": self._row_order,
+            **fields,
+            "config.data.eval_overlap": _digest(dropped) if any(dropped) else "",
+            "config.data.packing": self._packing,
+            "config.data.max_segments_per_row": self._max_segments,
+            "config.data.row_order": self._row_order,
+            "config.run.seed": self._seed,
+            "config.batch.batch_size": self._batch_size,
             "plan_version": PLAN_VERSION,
-            "seed": self._seed,
-            "batch_size": self._batch_size,
+            "mixture_version": MIXTURE_VERSION,
         }
 
     @property
     def fingerprint(self) -> str:
         """sha256 of the fields, hex."""
-        return hashlib.sha256(json.dumps(self.fingerprint_fields, sort_keys=True).encode()).hexdigest()
+        return _digest(self.fingerprint_fields)
 
     @property
     def report(self) -> dict[str, Any]:
-        """data_report.json: every row accounted for, and what packing made of the rest."""
+        """data_report.json: every row accounted for, and what mixing and packing made of the rest. `tokens` and
+        `examples` are of the rows; what an epoch holds of them is said of the first one."""
         accounts = [store.account for store in self._stores]
         tokens = sum(account.tokens for account in accounts)
         supervised_tokens = sum(account.supervised_tokens for account in accounts)
+        ids, num_rows = self._mixture.epoch(0), self._row_starts[1]
+        last = bisect.bisect_right(self._row_starts, self._num_filled - 1) - 1
+        rows_in_last = self._row_starts[last + 1] - self._row_starts[last]
         return {
             "fingerprint": self.fingerprint,
             "rows_read": sum(account.rows_read for account in accounts),
             "rows_trained": sum(account.rows_trained for account in accounts),
             "rows_bad": sum(account.rows_bad for account in accounts),
             "rows_dropped": sum(account.rows_dropped for account in accounts),
+            "rows_not_taken": sum(account.rows_not_taken for account in accounts),
             "examples": len(self._lengths),
+            "examples_held_out": sum(int((~taken).sum()) for taken in self._taken),
             "tokens": tokens,
             "supervised_tokens": supervised_tokens,
             "supervised_fraction": supervised_tokens / tokens,
             "packing": self._packing,
             "max_seq_len": self._max_seq_len,
             "batch_size": self._batch_size,
-            "rows_per_epoch": self._rows_per_epoch,
-            "fill_fraction": tokens / (self._rows_per_epoch * self._max_seq_len),
+            "examples_per_epoch": len(ids),
+            "rows_per_epoch": num_rows,
+            "fill_fraction": int(self._lengths[ids].sum()) / (num_rows * self._max_seq_len),
             "steps_per_epoch": self.steps_per_epoch,
-            "num_epochs": self._num_filled / self._rows_per_epoch,
+            "num_epochs": last + (self._num_filled - self._row_starts[last]) / rows_in_last,
             "num_steps": self.num_steps,
             "padding_rows": self.num_rows - self._num_filled,
-            "sources": {
-                name: {"path": store.path, "store": str(store.folder), **account_to_json(store.account)}
-                for name, store in zip(self.source_names, self._stores, strict=True)
-            },
+            "sources": {name: self._report_source(i) for i, name in enumerate(self.source_names)},
+        }
+
+    def _report_source(self, index: int) -> dict[str, Any]:
+        store = self._stores[index]
+        return {
+            "path": store.path,
+            "store": str(store.folder),
+            "examples_held_out": int((~self._taken[index]).sum()),
+            "examples_per_epoch": self._mixture.count(index, 0),
+            **account_to_json(store.account),
         }
 
     def row(self, index: int) -> PackedRow:
@@ -207,7 +281,8 @@ class PackedDataset:
         contents, costs = [], []
         for index in range(step * self._batch_size, (step + 1) * self._batch_size):
             if index < self._num_filled:
-                epoch, row = divmod(index, self._rows_per_epoch)
+                epoch = bisect.bisect_right(self._row_starts, index) - 1
+                row = index - self._row_starts[epoch]
                 plan, plan_costs = self._plan(epoch)
                 contents.append(plan.examples_of(row))
                 costs.append(plan_costs[row])
@@ -220,9 +295,10 @@ class PackedDataset:
         """An epoch's plan and the attention cost of its rows. Threads read around a border: two plans are kept."""
         with self._lock:
             if epoch not in self._plans:
-                # The same epoch over and over where nothing is shuffled.
+                ids = self._mixture.epoch(epoch)
+                lengths = self._lengths[ids]
                 plan = plan_epoch(
-                    self._lengths,
+                    lengths,
                     self._max_seq_len,
                     self._seed,
                     epoch,
@@ -230,8 +306,9 @@ class PackedDataset:
                     max_segments_per_row=self._max_segments,
                     row_order=self._row_order,
                 )
+                costs = attention_costs(plan, lengths)
                 kept = {other: self._plans[other] for other in self._plans if abs(other - epoch) == 1}
-                self._plans = kept | {epoch: (plan, attention_costs(plan, self._lengths))}
+                self._plans = kept | {epoch: (PackingPlan(plan.row_offsets, ids[plan.example_ids]), costs)}
             return self._plans[epoch]
 
     def _assemble(self, contents: Sequence[np.ndarray]) -> tuple[PackedArrays, tuple[tuple[Origin, ...], ...]]:
@@ -248,6 +325,8 @@ class PackedDataset:
                 examples[place], origins[place] = views, store.origin(index)
         counts = [len(ids) for ids in contents]
         arrays = assemble_rows(examples, source_ids, counts, self._max_seq_len)
+        if (self._loss_weights != 1).any():
+            arrays.loss_weights[...] *= self._loss_weights[arrays.source_ids]
         each = iter(origins)
         return arrays, tuple(tuple(itertools.islice(each, count)) for count in counts)
 
@@ -261,9 +340,13 @@ def _close_at_end(batches: Any) -> Iterator[HostBatch]:
 
 
 def _field_of(source: SourceConfig, config: Config) -> str:
-    """The path in the config that names a source's file."""
+    """The place of a source in the config."""
     for group in ("train", "eval"):
         named = getattr(config.data, group)
         if source in named:
-            return f"config.data.{group}[{named.index(source)}].path"
-    return "path"
+            return f"config.data.{group}[{named.index(source)}]"
+    return "source"
+
+
+def _digest(value: Any) -> str:
+    return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()

@@ -98,14 +98,23 @@ class Renderer:
         Raises:
           ConfigError: the template writes today's date, so that a fingerprint would vouch for nothing tomorrow.
         """
+        return hashlib.sha256(json.dumps(self.fingerprint_fields(), sort_keys=True).encode()).hexdigest()
+
+    def fingerprint_fields(self) -> dict[str, Any]:
+        """What `fingerprint` is made of, as JSON values by the config field that sets it; raises as it does. Template
+        and tokenizer by their sha256."""
         if self.template.reads_clock:
             raise ConfigError(
                 f"config.data.chat_template_kwargs: chat template {self.template.name} writes today's date into every "
                 "prompt, so the same rows would differ tomorrow. Give it a fixed one: dict(now='2026-01-31')."
             )
-        template = [self.template.text, self.template.kwargs]
-        parts = [RENDERING_VERSION, self.tokenizer.fingerprint(), template, dataclasses.asdict(self.options)]
-        return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
+        return {
+            "rendering_version": RENDERING_VERSION,
+            "config.data.tokenizer": self.tokenizer.fingerprint(),
+            "config.data.chat_template": hashlib.sha256(self.template.text.encode()).hexdigest(),
+            "config.data.chat_template_kwargs": self.template.kwargs,
+            **{f"config.data.{name}": value for name, value in dataclasses.asdict(self.options).items()},
+        }
 
     def prompt_ids(self, messages: Sequence[Message], tools: Sequence[dict[str, Any]] = ()) -> list[int]:
         """What inference feeds before an assistant turn that follows `messages`."""

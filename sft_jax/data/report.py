@@ -10,15 +10,15 @@ Accounts of parts add up: those of the chunks of a file, merged in order, are th
 """
 
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, fields
 from typing import Any
 
 import numpy as np
 
 from sft_jax.data.errors import RowError
-from sft_jax.data.too_long import Lost
-from sft_jax.datatypes import DataError, Origin, TokenizedExample
+from sft_jax.data.too_long import FitResult, Lost
+from sft_jax.datatypes import DataError, Origin
 
 NUM_SHOWN = 5
 """So many rows of each reason are kept by origin and message; the others are counted."""
@@ -70,20 +70,24 @@ class Account:
     supervised_tokens_lost: int = 0
     rendering: dict[str, int] = field(default_factory=dict)
     """What the renderer counted in the trained rows, by its names: see `Renderer.counts`."""
+    kept: dict[str, int] = field(default_factory=dict)
+    """Turns that a policy `keep` let pass, by reason."""
     ignored_fields: dict[str, int] = field(default_factory=dict)
     """Fields of rows that are not read, with the number of rows that have them."""
 
-    def add_trained(
-        self, examples: Sequence[TokenizedExample], rendering: Counter[str], ignored: Iterable[str]
-    ) -> None:
-        """Count a row that became `examples`; `rendering`: what the renderer counted, `ignored`: fields not read."""
+    def add_trained(self, fit: FitResult, rendering: Counter[str], kept: Counter[str], ignored: Iterable[str]) -> None:
+        """Count a row; `rendering`: what the renderer counted, `kept`: turns let pass, `ignored`: fields not read."""
+        examples = fit.examples
         self.rows_trained += 1
         self.examples += len(examples)
         self.tokens += sum(len(example) for example in examples)
         self.supervised_tokens += sum(int(np.count_nonzero(example.loss_weights)) for example in examples)
         _add_counts(self.lengths, Counter(1 << (len(example) - 1).bit_length() for example in examples))
         _add_counts(self.rendering, dict(sorted(rendering.items())))
+        _add_counts(self.kept, kept)
         _add_counts(self.ignored_fields, Counter(sorted(ignored)))
+        self.add_lost(fit.lost)
+        self.rows_shortened += fit.is_changed
 
     def merge(self, later: "Account") -> None:
         """Add the account of the rows that follow, as if one account had counted them all."""

@@ -53,6 +53,8 @@ def _source_lines(source: dict[str, Any]) -> Iterator[Line]:
     for name, count in source["rendering"].items():
         if name != "turns":
             yield f"rendering: {name.replace('_', ' ')}", f"{count:,}", ""
+    for reason, count in source["kept"].items():
+        yield f"kept: {reason}", f"{count:,}", "turns, by config.data.policies"
     for name, count in source["ignored_fields"].items():
         yield f"field {name} is not read", f"{count:,}", "rows have it"
     most = max(source["lengths"].values(), default=1)

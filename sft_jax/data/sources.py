@@ -4,6 +4,7 @@ JSON is read strictly: what two readers could understand differently (a key give
 bytes that are not UTF-8) is a bad row, never a guess.
 """
 
+import glob
 import hashlib
 import json
 import os
@@ -27,14 +28,38 @@ class BadRow:
     message: str
 
 
-def check_source_path(path: str, field: str) -> None:
-    """Refuse a path that `read_rows` cannot read; `field` is the config field that names it."""
+@dataclass(frozen=True, slots=True)
+class RowChunk:
+    """Whole lines of a file, unparsed: cheap to make and to send to another process."""
+
+    path: str
+    first_line: int
+    content: bytes
+
+    def rows(self) -> Iterator[RawRow | BadRow]:
+        for number, line in enumerate(self.content.split(b"\n"), start=self.first_line):
+            if number == 1:
+                line = line.removeprefix(_BYTE_ORDER_MARK)
+            if line.strip(b" \t\r"):
+                yield _read_line(line, Origin(self.path, number))
+
+
+def resolve_files(path: str, field: str) -> list[str]:
+    """The files that a source's path names, sorted; `field` is the config field that names it.
+
+    Raises:
+      DataError: there is none.
+    """
+    if os.path.isdir(path):
+        files = sorted(glob.glob(os.path.join(glob.escape(path), "*.jsonl")))
+        if not files:
+            raise DataError(f"{field}: {path!r} has no .jsonl file.")
+        return files
     if not os.path.isfile(path):
-        raise DataError(
-            f"{field}: {path!r} is {'a folder' if os.path.isdir(path) else 'not there'}. Name a .jsonl file."
-        )
+        raise DataError(f"{field}: {path!r} is not there. Name a .jsonl file.")
     if not path.endswith(".jsonl"):
         raise DataError(f"{field}: {path!r} does not end in .jsonl, the one format read so far. Convert or rename it.")
+    return [path]
 
 
 def read_rows(path: str, on_bytes: Callable[[bytes], object] | None = None) -> Iterator[RawRow | BadRow]:
@@ -49,15 +74,23 @@ def read_rows(path: str, on_bytes: Callable[[bytes], object] | None = None) -> I
     Raises:
       DataError: the file cannot be opened or read.
     """
+    for chunk in read_chunks(path, on_bytes):
+        yield from chunk.rows()
+
+
+def read_chunks(
+    path: str, on_bytes: Callable[[bytes], object] | None = None, chunk_bytes: int = 1 << 20
+) -> Iterator[RowChunk]:
+    """The file's lines in chunks of about `chunk_bytes`; `read_rows` explains the rest."""
     try:
         with open(path, "rb") as file:
-            for number, line in enumerate(file, start=1):  # a binary file splits on \n only
+            first_line = 1
+            while content := file.read(chunk_bytes):
+                content += file.readline()
                 if on_bytes is not None:
-                    on_bytes(line)
-                if number == 1:
-                    line = line.removeprefix(_BYTE_ORDER_MARK)
-                if line.strip(b" \t\r\n"):
-                    yield _read_line(line, Origin(path, number))
+                    on_bytes(content)
+                yield RowChunk(path, first_line, content)
+                first_line += content.count(b"\n")
     except OSError as error:
         raise DataError(f"{path}: cannot be read: {error.strerror}. Check the path and its permissions.") from error
 

@@ -3,20 +3,23 @@
     <store_dir>/<fingerprint>/ids.int32             every example's ids, unshifted, one example after another
                               loss_weights.float32  of each id as a target; 0 for the first of an example
                               offsets.int64         example i is [offsets[i], offsets[i + 1])
-                              lines.int64           the line of the source that example i came from
-                              meta.json             what the fingerprint was made of, and the account of rows
+                              files.int32           the file that example i came from, among the source's files
+                              lines.int64           and its line
+                              hashes.uint64         of each example's ids
+                              meta.json             what the fingerprint was made of, the account of rows, checksums
 
-A store is written beside its final name and renamed when it is complete, so it is there whole or not at all, and two
-runs that prepare the same data at once do not meet. It is never changed: other input has another name.
+A store is made in parts (`part_sharing.py`), put together beside its final name and renamed when it is complete, so it
+is there whole or not at all. It is never changed: other input has another name.
 """
 
+import contextlib
 import hashlib
 import json
 import os
 import shutil
 import tempfile
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+import zlib
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -26,46 +29,57 @@ import msgspec
 import numpy as np
 
 from sft_jax.config_schema import DataConfig, SourceConfig
-from sft_jax.data.conversations import detect_format, ignored_fields, parse_row
-from sft_jax.data.errors import RowError
+from sft_jax.data.part_files import ARRAYS, read_part
+from sft_jax.data.part_sharing import make_parts
+from sft_jax.data.preparation import Recipe
 from sft_jax.data.rendering import Renderer
-from sft_jax.data.report import Account, LostRows
-from sft_jax.data.sources import BadRow, hash_file, read_rows
-from sft_jax.data.too_long import OverLongError, fit_examples
+from sft_jax.data.report import Account
+from sft_jax.data.sources import hash_file
 from sft_jax.datatypes import DataError, Origin, StorageError, TokenizedExample, shift
 
-STORE_VERSION = 2
+STORE_VERSION = 4
 """Raised whenever the same rows and options give other examples or another layout."""
+CHECKED_BYTES = 256 << 20
+"""Arrays up to this size are held against their checksums whenever they are opened: 0.1 seconds at most. A larger one's
+size is checked."""
 _META_FILE = "meta.json"
+_ARRAYS = {name: dtype for name, dtype in ARRAYS.items() if name != "sizes"} | {"offsets": np.dtype(np.int64)}
 
 
 @dataclass(frozen=True)
 class _Meta:
     fingerprint_fields: dict[str, Any]
     account: Account
+    checksums: dict[str, tuple[int, int]]  # by file name: (bytes, crc32)
 
 
 class TokenStore:
-    """The examples of one source, read only. `path` is the source's file, for origins."""
+    """The examples of one source, read only. `path` is the source's, `files` those that it names."""
 
-    def __init__(self, folder: Path, path: str):
-        self.folder, self.path, self.fingerprint = folder, path, folder.name
+    def __init__(self, folder: Path, path: str, files: Sequence[str]):
+        self.folder, self.path, self.files, self.fingerprint = folder, path, tuple(files), folder.name
         meta = msgspec.json.decode((folder / _META_FILE).read_bytes(), type=_Meta)
-        self.fingerprint_fields, self.account = meta.fingerprint_fields, meta.account
-        self._ids = self._map("ids", np.int32)
-        self._loss_weights = self._map("loss_weights", np.float32)
-        self._offsets = self._map("offsets", np.int64)
-        self._lines = self._map("lines", np.int64)
-        sizes = (len(self._lines), len(self._offsets), len(self._ids), len(self._loss_weights))
-        num_ids = self.account.tokens + self.account.examples
-        if sizes != (self.account.examples, self.account.examples + 1, num_ids, num_ids):
-            raise DataError(f"{folder}: is damaged: its arrays have sizes {sizes}. Delete it, and it is made anew.")
+        self.fingerprint_fields = meta.fingerprint_fields
+        self.account = _relocate(meta.account, dict(zip(map(str, range(len(files))), files, strict=True)))
+        self._checksums = meta.checksums
+        self._ids, self._loss_weights, self._offsets = map(self._map, ("ids", "loss_weights", "offsets"))
+        self._files, self._lines, self.hashes = map(self._map, ("files", "lines", "hashes"))
 
-    def _map(self, name: str, dtype: type[np.generic]) -> np.ndarray:
-        file = self.folder / f"{name}.{np.dtype(dtype).name}"
-        if file.stat().st_size == 0:  # nothing to map
-            return np.empty(0, dtype)
-        return np.asarray(np.memmap(file, dtype, mode="r"))  # slices of a plain array cost a fifth
+    def _map(self, name: str) -> np.ndarray:
+        dtype = _ARRAYS[name]
+        file = self.folder / _file_name(name, dtype)
+        num_bytes, checksum = self._checksums[file.name]
+        found = file.stat().st_size if file.exists() else 0
+        if found != num_bytes:
+            raise self._damaged(f"{file.name} has {found:,} bytes of {num_bytes:,}")
+        # A slice of a plain array costs a fifth of one of a memmap; of nothing there is no map.
+        array = np.asarray(np.memmap(file, dtype, mode="r")) if found else np.empty(0, dtype)
+        if num_bytes <= CHECKED_BYTES and zlib.crc32(array.data) != checksum:
+            raise self._damaged(f"{file.name} has changed")
+        return array
+
+    def _damaged(self, how: str) -> DataError:
+        return DataError(f"{self.folder}: is damaged: {how}. Delete it, and it is made anew.")
 
     def __len__(self) -> int:
         return len(self._lines)
@@ -86,100 +100,134 @@ class TokenStore:
         return [shift(ids[begin:end], weights[begin:end]) for begin, end in zip(begins, ends, strict=True)]
 
     def origin(self, index: int) -> Origin:
-        return Origin(self.path, int(self._lines[index]))
+        return Origin(self.files[self._files[index]], int(self._lines[index]))
 
 
-def open_store(source: SourceConfig, data: DataConfig, renderer: Renderer) -> TokenStore:
+def open_store(
+    source: SourceConfig,
+    files: Sequence[str],
+    data: DataConfig,
+    renderer: Renderer,
+    renderer_factory: Callable[[], Renderer],
+) -> TokenStore:
     """The store of a source, made first where it is not there. Its account is the caller's to check.
 
+    Args:
+      files: those that the source's path names, in order.
+      renderer_factory: opens the same renderer in another process; what pickle can send.
+
     Raises:
-      DataError: the source cannot be read, or it changed while it was read.
+      DataError: a file cannot be read, or it changed while it was read; the store is damaged.
       StorageError: config.data.store_dir cannot be written.
     """
-    content = hash_file(source.path)
-    fields = {
-        "content": content,
-        "format": source.format,
-        "role_map": dict(data.role_map),
-        "renderer": renderer.fingerprint(),
-        "unknown_tokens": data.unknown_tokens,
-        "too_long": data.too_long,
-        "max_seq_len": data.max_seq_len,
-        "store_version": STORE_VERSION,
-    }
-    fingerprint = hashlib.sha256(json.dumps(fields, sort_keys=True).encode()).hexdigest()
+    contents = [hash_file(file) for file in files]
+    fields = _fingerprint_fields(source, contents, data, renderer)
     store_dir = Path(data.store_dir).expanduser()
-    folder = store_dir / fingerprint
+    folder = store_dir / hashlib.sha256(json.dumps(fields, sort_keys=True).encode()).hexdigest()
     if not folder.exists():
+        recipe = Recipe(source, data, renderer_factory, renderer.fingerprint())
         try:
-            store_dir.mkdir(parents=True, exist_ok=True)
-            building = Path(tempfile.mkdtemp(prefix="building-", dir=store_dir))
-            try:
-                account = _write_store(building, source, content, data, renderer)
-                (building / _META_FILE).write_bytes(msgspec.json.encode(_Meta(fields, account)))
-                _publish(building, folder)
-            finally:
-                shutil.rmtree(building, ignore_errors=True)  # renamed by now, unless something failed
+            _make_store(folder, files, contents, fields, recipe, renderer)
         except OSError as error:  # of writing: the source's are DataErrors
             raise StorageError(
                 f"config.data.store_dir: {store_dir} cannot be written: {error.strerror}. Free space there, or name "
                 "another folder."
             ) from error
-    return TokenStore(folder, source.path)
+    return TokenStore(folder, source.path, files)
 
 
-def _write_store(folder: Path, source: SourceConfig, content: str, data: DataConfig, renderer: Renderer) -> Account:
-    """Tokenize row after row into the arrays of a new store. Memory holds one row at a time."""
-    account, digest, format = Account(), hashlib.sha256(), source.format
-    by_choice = {"too_long": data.too_long != "error", "unknown_token": data.unknown_tokens == "drop"}
-    with _open_arrays(folder) as append:
-        for row in read_rows(source.path, digest.update):
-            account.rows_read += 1
-            counted = renderer.counts.copy()
+def _fingerprint_fields(
+    source: SourceConfig, contents: Sequence[str], data: DataConfig, renderer: Renderer
+) -> dict[str, Any]:
+    """All that shapes the examples, as JSON values by name. Those of the source alone begin with `source.`."""
+    return {
+        "source.path": contents,
+        "source.format": source.format,
+        "source.split": source.split,
+        "source.held_out_fraction": source.held_out_fraction,
+        "source.max_rows": source.max_rows,
+        "source.fields": dict(source.fields),
+        "config.data.role_map": dict(data.role_map),
+        "config.data.policies": dict(data.policies),
+        "config.data.unknown_tokens": data.unknown_tokens,
+        "config.data.too_long": data.too_long,
+        "config.data.max_seq_len": data.max_seq_len,
+        "store_version": STORE_VERSION,
+        **renderer.fingerprint_fields(),
+    }
+
+
+def _make_store(
+    folder: Path,
+    files: Sequence[str],
+    contents: Sequence[str],
+    fields: dict[str, Any],
+    recipe: Recipe,
+    renderer: Renderer,
+) -> None:
+    """Make the parts, put them together and give the store its name. Raises: OSError."""
+    parts_folder = folder.with_name(f"{folder.name}.parts")
+    parts_folder.mkdir(parents=True, exist_ok=True)
+    try:
+        parts = make_parts(parts_folder, folder, files, contents, recipe, renderer)
+        if not folder.exists():
+            building = Path(tempfile.mkdtemp(prefix="building-", dir=parts_folder))
             try:
-                if isinstance(row, BadRow):
-                    raise RowError(row.reason, row.origin, row.message)
-                if format == "auto":
-                    format = detect_format(row)
-                parsed = parse_row(row, format, data.role_map)
-                examples, lost, is_changed = fit_examples(parsed, renderer, data.max_seq_len, data.too_long)
-            except RowError as error:
-                if isinstance(error, OverLongError):
-                    account.add_lost(error.lost)
-                reasons = account.dropped if by_choice.get(error.reason) else account.bad
-                reasons.setdefault(error.reason, LostRows()).add(error)
-                continue
-            account.add_trained(examples, renderer.counts - counted, ignored_fields(row, format))
-            account.add_lost(lost)
-            account.rows_shortened += is_changed
-            for example in examples:
-                append(example)
-    if digest.hexdigest() != content:
-        raise DataError(f"{source.path}: changed while it was read. Wait until it is written, and start again.")
+                account, checksums = _join(parts, building)
+                (building / _META_FILE).write_bytes(msgspec.json.encode(_Meta(fields, account, checksums)))
+                _publish(building, folder)
+            finally:
+                shutil.rmtree(building, ignore_errors=True)  # renamed by now, unless something failed
+    except FileNotFoundError:
+        if not folder.exists():  # if it does, another run was first, and has cleared the parts away
+            raise
+    shutil.rmtree(parts_folder, ignore_errors=True)
+
+
+def _join(parts: Sequence[Path], folder: Path) -> tuple[Account, dict[str, tuple[int, int]]]:
+    """The arrays of all parts in order, one part in memory at a time. Returns: their account and the checksums."""
+    account = Account()
+    with contextlib.ExitStack() as stack:
+        arrays = {name: _ArrayFile(stack, folder, name, dtype) for name, dtype in _ARRAYS.items()}
+        offset = np.zeros(1, np.int64)
+        arrays["offsets"].append(offset)
+        for path in parts:
+            part = read_part(path)
+            if part is None:
+                raise FileNotFoundError(2, "a part of it is gone", str(path))
+            account.merge(_relocate(part.account, {file: str(i) for i, file in enumerate(part.files)}))
+            offsets = offset + np.cumsum(part.arrays["sizes"])
+            offset = offsets[-1:] if len(offsets) else offset
+            for name in arrays:
+                arrays[name].append(offsets if name == "offsets" else part.arrays[name])
+    return account, {array.path.name: (array.num_bytes, array.checksum) for array in arrays.values()}
+
+
+class _ArrayFile:
+    """An array of a store that grows, with its checksum."""
+
+    def __init__(self, stack: contextlib.ExitStack, folder: Path, name: str, dtype: np.dtype):
+        self.path = folder / _file_name(name, dtype)
+        self.num_bytes = self.checksum = 0
+        self._dtype = dtype
+        self._file = stack.enter_context(self.path.open("wb"))
+
+    def append(self, values: np.ndarray) -> None:
+        values = np.ascontiguousarray(values, self._dtype)
+        self._file.write(values.data)
+        self.num_bytes += values.nbytes
+        self.checksum = zlib.crc32(values.data, self.checksum)
+
+
+def _file_name(name: str, dtype: np.dtype) -> str:
+    return f"{name}.{dtype.name}"
+
+
+def _relocate(account: Account, paths: Mapping[str, str]) -> Account:
+    """The account with the files of its origins renamed. In a store they are numbers: files may move."""
+    for lost in (*account.bad.values(), *account.dropped.values()):
+        lost.origins = [Origin(paths[origin.path], origin.line) for origin in lost.origins]
     return account
-
-
-@contextmanager
-def _open_arrays(folder: Path) -> Iterator[Callable[[TokenizedExample], None]]:
-    """A function that appends an example to the arrays of a new store."""
-    with (
-        open(folder / "ids.int32", "wb") as ids,
-        open(folder / "loss_weights.float32", "wb") as loss_weights,
-        open(folder / "offsets.int64", "wb") as offsets,
-        open(folder / "lines.int64", "wb") as lines,
-    ):
-        num_ids = 0
-        offsets.write(np.int64(num_ids).tobytes())
-
-        def append(example: TokenizedExample) -> None:
-            nonlocal num_ids
-            num_ids += len(example) + 1
-            ids.write(example.ids.astype(np.int32).tobytes())
-            loss_weights.write(np.float32(0).tobytes() + example.loss_weights.astype(np.float32).tobytes())
-            offsets.write(np.int64(num_ids).tobytes())
-            lines.write(np.int64(example.origin.line).tobytes())
-
-        yield append
 
 
 def _publish(building: Path, folder: Path) -> None:

@@ -12,6 +12,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from word_renderer import WordRenderer, make_config
 
+from sft_jax.config_schema import SourceConfig
 from sft_jax.data.pipeline import open_dataset
 from sft_jax.data.rendering import Renderer
 from sft_jax.data.templates import load_template
@@ -239,16 +240,23 @@ def test_the_fingerprint_names_what_changed(open_data, sources):
     def changed(**options):
         other = open_data(**options)
         assert (other.fingerprint != open_data().fingerprint) == (other.fingerprint_fields != base)
-        return {name for name, value in other.fingerprint_fields.items() if value != base[name]}
+        found = other.fingerprint_fields
+        return {name for name in {**base, **found} if name not in found or found[name] != base.get(name, "none")}
 
     assert changed() == changed(num_epochs=5) == changed(read_threads=2) == changed(max_bad_fraction=0.5) == set()
-    assert changed(seed=1) == changed(shuffle=False) == {"seed"}
-    assert changed(batch_size=8) == {"batch_size"}
-    assert changed(packing="none") == {"packing"}
-    assert changed(max_seq_len=32) == {"max_seq_len"}
-    assert changed(too_long="drop") == {"too_long"}
-    assert changed(paths=sources[:1]) == {"files", "formats"}
-    assert changed(paths=sources[::-1]) == {"files"}
+    assert changed(seed=1) == changed(shuffle=False) == {"config.run.seed"}
+    assert changed(batch_size=8) == {"config.batch.batch_size"}
+    assert changed(packing="none") == {"config.data.packing"}
+    assert changed(max_seq_len=32) == {"config.data.max_seq_len"}
+    assert changed(too_long="drop") == {"config.data.too_long"}
+    assert changed(paths=sources[::-1]) == {"config.data.train[0].path", "config.data.train[1].path"}
+    fewer = changed(paths=sources[:1])
+    assert {name.rpartition(".")[0] for name in fewer} == {"config.data.train[1]"}
+    assert "config.data.train[1].path" in fewer
+    second = [dict(path=str(path)) for path in sources]
+    for option in (dict(epochs=2.0), dict(loss_weight=0.5), dict(max_rows=5), dict(format="prompt_completion")):
+        train = tuple(SourceConfig(**source, **(option if i else {})) for i, source in enumerate(second))
+        assert changed(train=train) == {f"config.data.train[1].{next(iter(option))}"}
 
 
 # --- The report -------------------------------------------------------------------------------------------------------
@@ -316,6 +324,7 @@ def test_no_jax_backend_is_started(sources, tmp_path):
 import sys
 sys.path.insert(0, {__file__.rsplit("/", 1)[0]!r})
 from word_renderer import WordRenderer, make_config
+from sft_jax.config_schema import SourceConfig
 from sft_jax.data.pipeline import open_dataset
 from sft_jax.data.rendering import Renderer
 config = make_config({str(tmp_path)!r}, {str(sources[0])!r}, read_threads=2)

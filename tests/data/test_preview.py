@@ -15,6 +15,7 @@ from sft_jax.data.preview import glyphs_of, preview_row, runs_of, segments_of, w
 from sft_jax.data.preview_html import preview_page
 from sft_jax.data.report import Account, LostRows, account_to_json
 from sft_jax.data.tokenizer import load_tokenizer
+from sft_jax.data.too_long import FitResult, Lost
 from sft_jax.datatypes import Origin, PackedRow, TokenizedExample
 
 TEXTS = (
@@ -147,7 +148,8 @@ def make_report(row, names=("a", "b")):
         account = Account(rows_read=3, rows_shortened=1, tokens_lost=1234, ignored_fields={"<i>id": 2})
         segments = [segment for segment in segments_of(row) if segment.source_id == index]
         examples = [TokenizedExample.from_ids(s.ids, s.weights, s.origin) for s in segments]
-        account.add_trained(examples, Counter(turns=len(segments), disguised=1), ())
+        fit = FitResult(examples, Lost(), False)
+        account.add_trained(fit, Counter(turns=len(segments), control_text=1), Counter(), ())
         for losses in (account.bad, account.dropped):
             error = RowError("<b>reason", Origin("<path>.jsonl", 9), "has </table><script>x</script>. Mend it.")
             losses.setdefault(error.reason, LostRows()).add(error)

@@ -17,6 +17,7 @@ from sft_jax.data.errors import RowError
 from sft_jax.data.pipeline import open_dataset
 from sft_jax.data.report import Account, LostRows, account_to_json, check_account
 from sft_jax.data.report_table import length_range, report_table
+from sft_jax.data.too_long import FitResult, Lost
 from sft_jax.datatypes import DataError, Origin, TokenizedExample
 
 KINDS = ("trained", "bad", "dropped", "not taken")
@@ -31,8 +32,8 @@ def count_rows(rows):
         if kind == "trained":
             examples = [TokenizedExample.from_ids(range(n + 2), [0] * (n + 1) + [1], origin) for n in range(number)]
             names = ["turns", "expanded", "disguised", "unknown_tokens"]
-            account.add_trained(examples, Counter(names[number:]), names[:number])
-            account.tokens_lost += number
+            fit = FitResult(examples, Lost(tokens=number), is_changed=bool(number))
+            account.add_trained(fit, Counter(names[number:]), Counter(names[:1]), names[:number])
         elif kind == "not taken":
             account.rows_not_taken += 1
         else:
@@ -92,7 +93,7 @@ def test_lengths_are_counted_between_powers_of_two():
     account = Account()
     for length in (1, 2, 3, 4, 5, 64, 65):
         example = TokenizedExample.from_ids(np.zeros(length + 1), np.ones(length + 1), Origin("a.jsonl", 1))
-        account.add_trained([example], Counter(), ())
+        account.add_trained(FitResult([example], Lost(), False), Counter(), Counter(), ())
     assert account.lengths == {1: 1, 2: 1, 4: 2, 8: 1, 64: 1, 128: 1}
     assert [length_range(up_to) for up_to in account_to_json_lengths(account)] == [
         "1",

@@ -4,7 +4,7 @@ import hashlib
 
 import pytest
 
-from sft_jax.data.sources import BadRow, check_source_path, hash_file, read_rows
+from sft_jax.data.sources import BadRow, hash_file, read_rows, resolve_files
 from sft_jax.datatypes import DataError, Origin, RawRow
 
 
@@ -87,11 +87,11 @@ def test_the_digest_is_that_of_the_file(tmp_path):
 
 def test_paths_are_checked_by_field(tmp_path):
     with pytest.raises(DataError, match=r"config\.data\.train\[2\]\.path: '.*none\.jsonl' is not there\. Name"):
-        check_source_path(str(tmp_path / "none.jsonl"), "config.data.train[2].path")
-    with pytest.raises(DataError, match="is a folder"):
-        check_source_path(str(tmp_path), "config.data.train[2].path")
+        resolve_files(str(tmp_path / "none.jsonl"), "config.data.train[2].path")
+    with pytest.raises(DataError, match=r"has no \.jsonl file"):
+        resolve_files(str(tmp_path), "config.data.train[2].path")
     (tmp_path / "rows.parquet").touch()
     with pytest.raises(DataError, match=r"does not end in \.jsonl"):
-        check_source_path(str(tmp_path / "rows.parquet"), "config.data.train[2].path")
+        resolve_files(str(tmp_path / "rows.parquet"), "config.data.train[2].path")
     with pytest.raises(DataError, match=r"none\.jsonl: cannot be read: No such file"):
         list(read_rows(str(tmp_path / "none.jsonl")))

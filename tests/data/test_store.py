@@ -1,17 +1,20 @@
 """A store holds what the renderer gave, accounts for every row, and can be neither stale nor half written."""
 
 import dataclasses
+import functools
+import hashlib
 import json
-import threading
+import os
 
 import numpy as np
 import pytest
 from word_renderer import WordRenderer, make_config
 
-import sft_jax.data.store as store_module
+from sft_jax.data import part_sharing, preparation
+from sft_jax.data import store as store_module
 from sft_jax.data.conversations import parse_row
 from sft_jax.data.report import account_to_json, check_account
-from sft_jax.data.sources import read_rows
+from sft_jax.data.sources import read_rows, resolve_files
 from sft_jax.data.store import open_store
 from sft_jax.datatypes import DataError, StorageError
 
@@ -28,9 +31,17 @@ def write(tmp_path, *lines, name="rows.jsonl"):
     return path
 
 
-def prepare(tmp_path, path, renderer=None, **data):
+def prepare(tmp_path, path, renderer=None, source=None, **data):
     config = make_config(tmp_path, path, **data)
-    return open_store(config.data.train[0], config.data, renderer or WordRenderer(data.get("unknown_tokens", "error")))
+    source = dataclasses.replace(config.data.train[0], **(source or {}))
+    factory = functools.partial(WordRenderer, data.get("unknown_tokens", "error"))
+    return open_store(source, resolve_files(str(path), "path"), config.data, renderer or factory(), factory)
+
+
+@pytest.fixture
+def small_parts(monkeypatch):
+    monkeypatch.setattr(part_sharing, "CHUNK_BYTES", 100)
+    monkeypatch.setattr(part_sharing, "PART_BYTES", 500)
 
 
 def lines_of(lost):
@@ -61,7 +72,12 @@ def test_the_arrays_on_disk_are_those_of_the_module_docstring(tmp_path):
     assert np.fromfile(folder / "ids.int32", np.int32).tolist() == [1, 5, 11, 12, 6, 13, 2, 1, 5, 11, 12, 6, 13, 14, 2]
     assert np.fromfile(folder / "loss_weights.float32", np.float32).tolist() == [0] * 5 + [1, 1] + [0] * 5 + [1] * 3
     assert np.fromfile(folder / "offsets.int64", np.int64).tolist() == [0, 7, 15]
+    assert np.fromfile(folder / "files.int32", np.int32).tolist() == [0, 0]
     assert np.fromfile(folder / "lines.int64", np.int64).tolist() == [1, 2]
+    first = hashlib.blake2b(np.array([1, 5, 11, 12, 6, 13, 2], "<i4").tobytes(), digest_size=8).digest()
+    assert np.fromfile(folder / "hashes.uint64", "<u8")[0] == int.from_bytes(first, "little")
+    arrays = ["files.int32", "hashes.uint64", "ids.int32", "lines.int64", "loss_weights.float32"]
+    assert sorted(file.name for file in folder.iterdir()) == [*arrays, "meta.json", "offsets.int64"]
 
 
 def test_the_account_balances(tmp_path):
@@ -169,7 +185,7 @@ def test_the_path_and_the_limit_on_bad_rows_are_not_in_its_name(tmp_path):
 def test_a_store_is_made_once(tmp_path, monkeypatch):
     path = write(tmp_path, GOOD)
     first = prepare(tmp_path, path)
-    monkeypatch.setattr(store_module, "parse_row", None)  # no row may be parsed again
+    monkeypatch.setattr(preparation, "parse_row", None)  # no row may be parsed again
     assert prepare(tmp_path, path).folder == first.folder
 
 
@@ -177,42 +193,41 @@ def test_a_source_that_changes_while_it_is_read_is_refused(tmp_path):
     path = write(tmp_path, GOOD, GOOD)
 
     class Writer(WordRenderer):
-        def render(self, row):
-            if row.origin.line == 1:
-                path.write_text(f"{GOOD}\n{GOOD}\n{GOOD}\n")
-            return super().render(row)
+        """Asked for its fingerprint between the hashing of the file and the reading."""
+
+        def fingerprint(self):
+            path.write_text(f"{GOOD}\n{GOOD}\n{GOOD}\n")
+            return super().fingerprint()
 
     with pytest.raises(DataError, match=r"rows\.jsonl: changed while it was read"):
         prepare(tmp_path, path, Writer())
-    assert list((tmp_path / "stores").iterdir()) == []  # nothing half done is left
+    assert not [folder for folder in (tmp_path / "stores").iterdir() if folder.suffix != ".parts"]
 
 
-def test_two_runs_may_prepare_the_same_store_at_once(tmp_path):
-    path = write(tmp_path, *[GOOD] * 50)
-    barrier = threading.Barrier(4, timeout=30)
-
-    class Slow(WordRenderer):
-        def render(self, row):
-            if row.origin.line == 25:
-                barrier.wait()  # all are in the middle of it
-            return super().render(row)
-
-    stores = []
-    threads = [threading.Thread(target=lambda: stores.append(prepare(tmp_path, path, Slow()))) for _ in range(4)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    assert [len(store) for store in stores] == [50] * 4
-    assert len({store.folder for store in stores}) == 1
-    assert list((tmp_path / "stores").iterdir()) == [stores[0].folder]
+@pytest.mark.parametrize("damage", ["truncated", "changed", "missing"])
+@pytest.mark.parametrize("name", ["ids.int32", "loss_weights.float32", "hashes.uint64", "lines.int64"])
+def test_a_damaged_store_is_noticed(tmp_path, name, damage):
+    path = write(tmp_path, GOOD)
+    file = prepare(tmp_path, path).folder / name
+    content = bytearray(file.read_bytes())
+    content[-1] ^= 1
+    file.write_bytes(content[:-4] if damage == "truncated" else content)
+    if damage == "missing":
+        file.unlink()
+    with pytest.raises(DataError, match=rf"is damaged: {name} has .*\. Delete it"):
+        prepare(tmp_path, path)
 
 
-def test_a_damaged_store_is_noticed(tmp_path):
+def test_a_large_array_is_held_against_its_size_alone(tmp_path, monkeypatch):
     path = write(tmp_path, GOOD)
     file = prepare(tmp_path, path).folder / "ids.int32"
-    file.write_bytes(file.read_bytes()[:-4])
-    with pytest.raises(DataError, match=r"is damaged: its arrays have sizes .* Delete it"):
+    content = bytearray(file.read_bytes())
+    content[-1] ^= 1
+    file.write_bytes(content)
+    monkeypatch.setattr(store_module, "CHECKED_BYTES", len(content) - 1)
+    assert len(prepare(tmp_path, path)) == 1
+    file.write_bytes(content[:-4])
+    with pytest.raises(DataError, match="is damaged"):
         prepare(tmp_path, path)
 
 
@@ -220,6 +235,87 @@ def test_a_store_folder_that_cannot_be_written(tmp_path):
     (tmp_path / "stores").write_text("a file")
     with pytest.raises(StorageError, match=r"config\.data\.store_dir: .*stores cannot be written"):
         prepare(tmp_path, write(tmp_path, GOOD))
+
+
+# --- Several files ----------------------------------------------------------------------------------------------------
+
+
+def test_a_source_of_several_files_keeps_the_file_and_the_line(tmp_path, small_parts):
+    (tmp_path / "rows").mkdir()
+    for name, lines in (("a", [GOOD, "broken"]), ("b", ['{"text": "1"}', "[]", '{"text": "2"}']), ("c", [GOOD] * 9)):
+        write(tmp_path / "rows", *lines, name=f"{name}.jsonl")
+    store = prepare(tmp_path, tmp_path / "rows")
+    expected = [("a", 1), ("b", 1), ("b", 3), *(("c", line) for line in range(1, 10))]
+    names = [(os.path.basename(store.origin(i).path)[0], store.origin(i).line) for i in range(len(store))]
+    assert names == expected  # and each file has its own format
+    bad = store.account.bad
+    assert [str(origin) for lost in bad.values() for origin in lost.origins] == [
+        f"{tmp_path}/rows/a.jsonl:2",
+        f"{tmp_path}/rows/b.jsonl:2",
+    ]
+    (tmp_path / "rows").rename(tmp_path / "moved")
+    moved = prepare(tmp_path, tmp_path / "moved")
+    assert moved.folder == store.folder
+    assert str(moved.account.bad["not_an_object"].origins[0]) == f"{tmp_path}/moved/b.jsonl:2"
+    assert str(moved.origin(1)) == f"{tmp_path}/moved/b.jsonl:1"
+
+
+def test_the_order_of_files_is_in_the_name(tmp_path):
+    (tmp_path / "rows").mkdir()
+    for number in "12":
+        write(tmp_path / "rows", GOOD.replace("3", number), name=f"{number}.jsonl")
+    first = prepare(tmp_path, tmp_path / "rows").fingerprint
+    (tmp_path / "rows" / "1.jsonl").rename(tmp_path / "rows" / "9.jsonl")
+    assert prepare(tmp_path, tmp_path / "rows").fingerprint != first
+
+
+# --- The rows that are taken ------------------------------------------------------------------------------------------
+
+
+def rows_of(store):
+    return [store.origin(i).line for i in range(len(store))]
+
+
+def numbered(count):
+    return [GOOD.replace("1 2", f"{i}") for i in range(count)]
+
+
+def test_max_rows_takes_the_first_and_counts_the_others(tmp_path, small_parts):
+    path = write(tmp_path, *numbered(10), "", "broken", *numbered(20))
+    for max_rows, bad in ((1, 0), (10, 0), (11, 1), (15, 1), (31, 1), (50, 1)):
+        store = prepare(tmp_path, path, source={"max_rows": max_rows})
+        taken = min(max_rows, 31)
+        assert len(store) == taken - bad
+        assert (store.account.rows_read, store.account.rows_not_taken) == (31, 31 - taken)
+        store.account.check_balance()
+    assert rows_of(prepare(tmp_path, path, source={"max_rows": 12})) == [*range(1, 11), 13]
+
+
+def test_a_split_has_two_sides(tmp_path, small_parts):
+    path = write(tmp_path, *numbered(400), "broken")
+    sides = {
+        split: prepare(tmp_path, path, source={"split": split, "held_out_fraction": 0.25})
+        for split in ("train", "held_out")
+    }
+    assert sorted(rows_of(sides["train"]) + rows_of(sides["held_out"])) == list(range(1, 401))
+    assert 80 <= len(sides["held_out"]) <= 120
+    for store in sides.values():
+        account = store.account
+        account.check_balance()
+        assert (account.rows_read, account.rows_bad) == (401, 1)  # a row that cannot be read is on both sides
+        assert account.rows_not_taken == 400 - len(store)
+    assert rows_of(sides["held_out"])[:8] == [1, 5, 8, 10, 11, 14, 21, 22]  # for ever: what is held out stays so
+
+
+def test_a_row_is_always_on_the_same_side(tmp_path):
+    rows = [json.loads(row) | {"id": i, "note": "Foxholm \u2028 é"} for i, row in enumerate(numbered(50))]
+    options = {"split": "held_out", "held_out_fraction": 0.5}
+    first = write(tmp_path, *map(json.dumps, rows))
+    turned = [json.dumps(dict(reversed(row.items())), ensure_ascii=False) for row in reversed(rows)]
+    found = [prepare(tmp_path, path, source=options) for path in (first, write(tmp_path, *turned, name="other.jsonl"))]
+    assert set(rows_of(found[0])) == {51 - line for line in rows_of(found[1])}
+    wider = prepare(tmp_path, first, source=options | {"held_out_fraction": 0.6})
+    assert set(rows_of(found[0])) < set(rows_of(wider))
 
 
 # --- The account's limit ----------------------------------------------------------------------------------------------

@@ -168,13 +168,16 @@ def test_the_store_accounts_for_what_is_lost(tmp_path):
     rows = [FIVE, chat("0", "1"), chat("0 " * 20, "1")]
     messages = [[{"role": m.role, "content": m.content} for m in row.messages] for row in rows]
     path.write_text("".join(json.dumps({"messages": row}) + "\n" for row in messages))
-    config = make_config(tmp_path, path, max_seq_len=ROOM_FOR_THREE, too_long="drop_early_turns")
-    account = open_store(config.data.train[0], config.data, WordRenderer()).account
+
+    def prepare(policy):
+        data = make_config(tmp_path, path, max_seq_len=ROOM_FOR_THREE, too_long=policy).data
+        return open_store(data.train[0], [str(path)], data, WordRenderer(), WordRenderer).account
+
+    account = prepare("drop_early_turns")
     assert (account.rows_read, account.rows_trained, account.rows_dropped, account.rows_shortened) == (3, 2, 1, 1)
     assert (account.turns_lost, account.tokens_lost, account.supervised_tokens_lost) == (3, 10 + 24, 4 + 2)
     assert (account.tokens, account.supervised_tokens) == (17 + 5, 6 + 2)
-    config = make_config(tmp_path, path, max_seq_len=ROOM_FOR_THREE, too_long="split_turns")
-    account = open_store(config.data.train[0], config.data, WordRenderer()).account
+    account = prepare("split_turns")
     assert (account.rows_trained, account.examples, account.rows_shortened, account.turns_lost) == (2, 3, 1, 1)
 
 

@@ -26,8 +26,8 @@ class WordRenderer(Renderer):
         self.version = version
         self.supervise = supervise
 
-    def fingerprint(self):
-        return self.version
+    def fingerprint_fields(self):
+        return {"config.data.tokenizer": self.version}
 
     def render(self, row):
         if isinstance(row, Document):
@@ -68,5 +68,5 @@ class WordRenderer(Renderer):
 def make_config(tmp_path, *paths, seed=0, **data):
     """A config over source files; the stores lie in the test's folder."""
     defaults = {"max_seq_len": 16, "read_threads": 0, "store_dir": f"{tmp_path}/stores"}
-    sources = tuple(SourceConfig(path=str(path)) for path in paths)
-    return Config(run=RunConfig(seed=seed), data=DataConfig(train=sources, **(defaults | data)))
+    sources = {"train": tuple(SourceConfig(path=str(path)) for path in paths)}
+    return Config(run=RunConfig(seed=seed), data=DataConfig(**(sources | defaults | data)))

@@ -31,6 +31,7 @@ def get_config():
     config.data.new_tokens = ("<|im_start|>", "<|im_end|>")
     config.data.train = [dict(path={data!r}, name="chats")]
     config.data.eval = [dict(path={data!r}, name="held_out")]
+    config.data.eval_overlap = "keep"
     config.data.store_dir = {store!r}
     config.data.max_seq_len = 128
     config.batch.batch_size = 16

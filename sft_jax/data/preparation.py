@@ -1,0 +1,156 @@
+"""Chunks of a source in, the examples of their rows and an account of them out: what each process does.
+
+Rows do not depend on each other, so parts may be made anywhere and in any order.
+"""
+
+import hashlib
+import json
+import pickle
+from collections import Counter
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from sft_jax.config_schema import DataConfig, SourceConfig
+from sft_jax.data.conversations import ignored_fields, parse_row
+from sft_jax.data.errors import RowError
+from sft_jax.data.part_files import Part, Span, write_part
+from sft_jax.data.rendering import Renderer
+from sft_jax.data.report import Account, LostRows
+from sft_jax.data.sources import BadRow
+from sft_jax.data.too_long import FitResult, OverLongError, fit_examples
+from sft_jax.datatypes import DataError, RawRow, TokenizedExample
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """What turns the rows of a source into examples, as it travels to another process."""
+
+    source: SourceConfig
+    data: DataConfig
+    open_renderer: Callable[[], Renderer]
+    renderer_fingerprint: str
+
+    def open(self) -> Renderer:
+        """
+        Raises:
+          DataError: the renderer is not the one that the store is named after.
+        """
+        renderer = self.open_renderer()
+        if renderer.fingerprint() != self.renderer_fingerprint:
+            raise DataError(
+                "config.data: tokenizer or chat template changed while the data were prepared. Start again."
+            )
+        return renderer
+
+
+@dataclass(frozen=True)
+class Chunk:
+    """Some rows of a file: those from `num_taken` on are beyond `max_rows`."""
+
+    pickled: bytes  # a RowChunk
+    file: int  # among the source's files
+    format: str  # the file's; `auto` where no row of it has one
+    num_taken: int | None  # None: all
+
+
+@dataclass(frozen=True)
+class Task:
+    """A part to make: of which chunks, and where it goes."""
+
+    path: Path
+    span: Span
+    files: tuple[str, ...]
+    chunks: tuple[Chunk, ...]
+
+
+def make_part(task: Task, source: SourceConfig, data: DataConfig, renderer: Renderer) -> None:
+    """Tokenize every row of the chunks, and write the part. Raises: OSError."""
+    account, examples = Account(), _Examples()
+    dropped = {reason for reason, policy in data.policies.items() if policy == "drop"}
+    dropped |= {"too_long"} if data.too_long != "error" else set()
+    dropped |= {"unknown_token"} if data.unknown_tokens == "drop" else set()
+    for chunk in task.chunks:
+        for number, row in enumerate(pickle.loads(chunk.pickled).rows()):
+            account.rows_read += 1
+            if (chunk.num_taken is not None and number >= chunk.num_taken) or not is_on_side(row, source):
+                account.rows_not_taken += 1
+                continue
+            counted, kept = renderer.counts.copy(), Counter[str]()
+            try:
+                fit = _tokenize_row(row, chunk.format, source, data, renderer, kept)
+            except RowError as error:
+                if isinstance(error, OverLongError):
+                    account.add_lost(error.lost)
+                reasons = account.dropped if error.reason in dropped else account.bad
+                reasons.setdefault(error.reason, LostRows()).add(error)
+                continue
+            ignored = ignored_fields(row, chunk.format, source.fields)
+            account.add_trained(fit, renderer.counts - counted, kept, ignored)
+            examples.append(fit.examples, chunk.file)
+    write_part(task.path, Part(task.span, task.files, account, examples.arrays()))
+
+
+def _tokenize_row(
+    row: RawRow | BadRow, format: str, source: SourceConfig, data: DataConfig, renderer: Renderer, kept: Counter[str]
+) -> FitResult:
+    """Raises RowError: why the row cannot be trained on. `kept` counts the turns that a policy let pass."""
+    if isinstance(row, BadRow):
+        raise RowError(row.reason, row.origin, row.message)
+    parsed = parse_row(row, format, data.role_map, source.fields, data.kept_reasons, kept)
+    return fit_examples(
+        parsed, renderer, data.max_seq_len, data.too_long, supervise=data.supervise, averaging=data.averaging
+    )
+
+
+def is_on_side(row: RawRow | BadRow, source: SourceConfig) -> bool:
+    """Whether a row is on the source's side of its split: by a hash of the row's own JSON with sorted keys, so that the
+    same row is always on the same side. A row that cannot be read is on both."""
+    if source.split == "all" or isinstance(row, BadRow):
+        return True
+    text = json.dumps(row.fields, sort_keys=True, separators=(",", ":"), default=str)
+    drawn = int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest(), "big") / 2**64
+    return (drawn < source.held_out_fraction) == (source.split == "held_out")
+
+
+def hash_ids(ids: np.ndarray) -> int:
+    """64 bits, the same for the same ids on every machine."""
+    return int.from_bytes(hashlib.blake2b(ids.astype("<i4").tobytes(), digest_size=8).digest(), "little")
+
+
+_NO_WEIGHT = np.zeros(1, np.float32)
+
+
+@dataclass
+class _Examples:
+    """The arrays of a part, as they grow."""
+
+    ids: list[np.ndarray] = field(default_factory=list)
+    loss_weights: list[np.ndarray] = field(default_factory=list)
+    sizes: list[int] = field(default_factory=list)
+    files: list[int] = field(default_factory=list)
+    lines: list[int] = field(default_factory=list)
+    hashes: list[int] = field(default_factory=list)
+
+    def append(self, examples: Sequence[TokenizedExample], file: int) -> None:
+        for example in examples:
+            ids = example.ids
+            self.ids.append(ids)
+            self.loss_weights += (_NO_WEIGHT, example.loss_weights)
+            self.sizes.append(len(ids))
+            self.files.append(file)
+            self.lines.append(example.origin.line)
+            self.hashes.append(hash_ids(ids))
+
+    def arrays(self) -> dict[str, Any]:
+        return {
+            "ids": np.concatenate([np.empty(0, np.int32), *self.ids]),
+            "loss_weights": np.concatenate([_NO_WEIGHT[:0], *self.loss_weights]),
+            "sizes": np.array(self.sizes, np.int64),
+            "files": np.array(self.files, np.int32),
+            "lines": np.array(self.lines, np.int64),
+            "hashes": np.array(self.hashes, np.uint64),
+        }

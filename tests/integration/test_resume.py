@@ -1,0 +1,207 @@
+"""A run goes on with the data that it was started on, or says by name what changed; and it goes on with other data only
+where that is asked for, and remembers it."""
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+from etils import epath
+
+from sft_jax.checkpoint.manager import CheckpointManager
+from sft_jax.command_line import run_command
+from sft_jax.main import main
+from sft_jax.testbed.make import BASE_MODEL
+
+CONFIG = """
+from sft_jax.config import default_config
+
+def get_config():
+    config = default_config()
+    config.run.dir = "run"
+    config.run.compilation_cache = {cache!r}
+    config.model.preset = "testbed"
+    config.model.overrides = dict(num_layers=1, embed_dim=16, mlp_dim=16, num_heads=1, num_kv_heads=1, head_dim=16)
+    config.model.compute_dtype = "float32"
+    config.data.tokenizer = "tokenizer"
+    config.data.chat_template = "template.jinja"
+    config.data.new_tokens = ("<|im_start|>", "<|im_end|>")
+    config.data.train = [dict(path="a.jsonl"), dict(path="b.jsonl")]
+    config.data.store_dir = "store"
+    config.data.max_seq_len = 64
+    config.batch.batch_size = 8
+    config.schedule.num_steps = 2
+    config.schedule.name = "constant"
+    config.checkpoint.export = False
+    config.log.tensorboard = False
+    config.log.every_steps = 1
+    return config
+"""
+TEMPLATE = (
+    "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
+
+
+def write_rows(path, count):
+    rows = [{"prompt": f"the fox {i}", "completion": f"has an old flute {i}"} for i in range(count)]
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory):
+    """A folder with a run of two steps, and all that it was made of."""
+    folder = tmp_path_factory.mktemp("resume") / "finished"
+    folder.mkdir()
+    (folder / "config.py").write_text(CONFIG.format(cache=str(folder.parent / "cache")))
+    (folder / "template.jinja").write_text(TEMPLATE)
+    write_rows(folder / "a.jsonl", 40)
+    write_rows(folder / "b.jsonl", 10)
+    (folder / "tokenizer").mkdir()
+    for file in Path(BASE_MODEL).iterdir():
+        if not file.name.endswith(".safetensors"):
+            shutil.copy(file, folder / "tokenizer")
+    with pytest.MonkeyPatch.context() as patched:
+        patched.chdir(folder)
+        assert run_command(main, ["--config=config.py"]) == 0
+    return folder
+
+
+@pytest.fixture
+def folder(finished, tmp_path, monkeypatch):
+    """A copy to change."""
+    shutil.copytree(finished, tmp_path / "copy")
+    monkeypatch.chdir(tmp_path / "copy")
+    return tmp_path / "copy"
+
+
+def train(capsys, *args):
+    status = run_command(main, ["--config=config.py", *args])
+    captured = capsys.readouterr()
+    return status, captured.out, captured.err
+
+
+def edit(path, old, new):
+    text = path.read_text()
+    assert old in text
+    path.write_text(text.replace(old, new, 1))
+
+
+def edit_tokenizer(folder):
+    """The same vocabulary, and a BOS that is none any more."""
+    path = folder / "tokenizer" / "tokenizer_config.json"
+    config = json.loads(path.read_text())
+    path.write_text(json.dumps(config | {"add_bos_token": not config.get("add_bos_token", False)}))
+
+
+def add_source(folder):
+    write_rows(folder / "c.jsonl", 3)
+    edit(folder / "config.py", 'dict(path="b.jsonl")', 'dict(path="b.jsonl"), dict(path="c.jsonl")')
+
+
+CASES = {
+    "one row": (
+        lambda folder: edit(folder / "b.jsonl", "has an old flute 3", "has a new flute 3"),
+        ["config.data.train[1].path: its content changed"],
+    ),
+    "the template": (
+        lambda folder: edit(folder / "template.jinja", "{% for m in", "A chat. {% for m in"),
+        ["config.data.chat_template: its content changed"],
+    ),
+    "the tokenizer": (edit_tokenizer, ["config.data.tokenizer: its content changed"]),
+    "max_seq_len": (
+        lambda folder: edit(folder / "config.py", "max_seq_len = 64", "max_seq_len = 72"),
+        ["config.data.max_seq_len: 64 -> 72"],
+    ),
+    "the seed": (
+        lambda folder: edit(folder / "config.py", "config.run.dir", "config.run.seed = 5; config.run.dir"),
+        ["config.run.seed: 0 -> 5"],
+    ),
+    "a source more": (add_source, ["config.data.train[2]: is new"]),
+    "a source less": (
+        lambda folder: edit(folder / "config.py", ', dict(path="b.jsonl")', ""),
+        ["config.data.train[1]: is no longer there"],
+    ),
+    "other sources": (
+        lambda folder: edit(
+            folder / "config.py",
+            'dict(path="a.jsonl"), dict(path="b.jsonl")',
+            'dict(path="b.jsonl"), dict(path="a.jsonl", epochs=2.0)',
+        ),
+        [
+            "config.data.train[0].path: its content changed",
+            "config.data.train[1].path: its content changed",
+            "config.data.train[1].epochs: 1.0 -> 2.0",
+        ],
+    ),
+}
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_other_data_are_refused_by_the_name_of_what_changed(folder, capsys, case):
+    change, expected = CASES[case]
+    change(folder)
+    before = {path: path.read_bytes() for path in (folder / "run").rglob("*") if path.is_file()}
+    status, _, err = train(capsys, "--config.schedule.num_steps=4")
+    assert status == 2
+    changes = [line.strip() for line in err.splitlines() if line.startswith("  ")]
+    assert sorted(changes) == sorted(expected)
+    assert "by --override-fingerprint" in err
+    assert {path: path.read_bytes() for path in (folder / "run").rglob("*") if path.is_file()} == before
+
+
+def test_all_changes_are_named_together(folder, capsys):
+    for case in ("one row", "the template", "max_seq_len", "the seed"):
+        CASES[case][0](folder)
+    status, _, err = train(capsys, "--config.schedule.num_steps=4")
+    assert status == 2
+    for case in ("one row", "the template", "max_seq_len", "the seed"):
+        assert all(change in err for change in CASES[case][1])
+
+
+def test_files_that_only_moved_are_the_same_data(folder, capsys):
+    (folder / "b.jsonl").rename(folder / "moved.jsonl")
+    edit(folder / "config.py", "b.jsonl", "moved.jsonl")
+    status, out, err = train(capsys, "--config.schedule.num_steps=3")
+    assert status == 0, err
+    assert "resumed" in out
+
+
+@pytest.mark.parametrize("flag", ["--override-fingerprint", "--config.run.override_fingerprint=true"])
+def test_the_way_through_is_said_and_remembered(folder, capsys, flag):
+    for case in ("one row", "the seed"):
+        CASES[case][0](folder)
+    status, out, err = train(capsys, "--config.schedule.num_steps=4", flag)
+    assert status == 0, err
+    changes = ["config.data.train[1].path: its content changed", "config.run.seed: 0 -> 5"]
+    (said,) = (line for line in out.splitlines() if line.startswith("overridden"))
+    assert said.split(maxsplit=1)[1] == "at step 2: " + "; ".join(changes)
+    assert not json.loads((folder / "run" / "config.json").read_text())["run"]["override_fingerprint"]
+    # From here on the new data are the run's, and what was done stays on record.
+    status, out, err = train(capsys, "--config.schedule.num_steps=5")
+    assert status == 0, err
+    assert "overridden  at step 2" in out
+    manager = CheckpointManager(epath.Path("run/checkpoints"))
+    assert manager.latest_step() == 5
+    assert manager.read_meta(5)["overrides"] == [{"step": 2, "changes": changes}]
+    manager.close()
+    assert [json.loads(line)["step"] for line in (folder / "run" / "metrics.jsonl").read_text().splitlines()] == [
+        *range(1, 6)
+    ]
+
+
+def test_another_model_is_not_overridden(folder, capsys):
+    CASES["one row"][0](folder)
+    status, _, err = train(
+        capsys, "--override-fingerprint", "--config.optimizer.name=lion", "--config.schedule.num_steps=4"
+    )
+    assert status == 2
+    assert "config.optimizer.name: adamw -> lion" in err
+    assert "config.data.train[1].path: its content changed" in err
+    assert "--override-fingerprint" not in err
+
+
+def test_the_flag_changes_nothing_where_nothing_changed(folder, capsys):
+    status, out, err = train(capsys, "--override-fingerprint", "--config.schedule.num_steps=3")
+    assert status == 0, err
+    assert "overridden" not in out
