@@ -177,7 +177,7 @@ def test_the_page_has_every_token_with_id_weight_and_position(tokenizer, row):
 
 def test_the_page_has_sources_losses_and_lengths(tokenizer, row):
     page = Page(preview_page("run", make_report(row), [(0, row)], tokenizer))
-    for text in ("bad: <b>reason", "dropped: <b>reason", "1,234", "87.5%", "disguised", "field <i>id", "4,567"):
+    for text in ("bad: <b>reason", "dropped: <b>reason", "1,234", "87.5%", "control text", "field <i>id", "4,567"):
         assert text in page.text
     assert "<path>.jsonl:9: has </table><script>x</script>. Mend it." in page.text
     lengths = Counter(1 << (len(segment.ids) - 2).bit_length() for segment in segments_of(row))
