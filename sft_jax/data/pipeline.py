@@ -129,7 +129,8 @@ class PackedDataset:
         self._stores, self._taken, self._sources = tuple(stores), tuple(taken), tuple(sources)
         self._starts = np.cumsum([0, *map(len, stores)])  # example ids of source s: [starts[s], starts[s + 1])
         self._lengths = np.concatenate([store.lengths for store in stores])
-        self._loss_weights = np.array([source.loss_weight for source in sources], np.float32)
+        weights = np.array([source.loss_weight for source in sources], np.float32)
+        self._loss_weights = weights if (weights != 1).any() else None
         self._batch_size, self._seed = batch_size, seed
         self._max_seq_len, self._packing = config.data.max_seq_len, config.data.packing
         self._read_threads = config.data.read_threads
@@ -298,7 +299,7 @@ class PackedDataset:
         places = zip(source_ids.tolist(), (example_ids - self._starts[source_ids]).tolist(), strict=True)
         examples = [self._stores[source].example(index) for source, index in places]
         row = assemble_row(examples, source_ids, self._max_seq_len)
-        if (self._loss_weights != 1).any():
+        if self._loss_weights is not None:
             row.loss_weights[:] *= self._loss_weights[row.source_ids]
         return row
 
