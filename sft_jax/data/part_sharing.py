@@ -33,7 +33,7 @@ PART_BYTES = 4 << 20
 """A part is of about so many bytes of rows: the work that an interruption can lose, and the least worth sharing."""
 CHUNK_BYTES = 1 << 20
 """What is read of a file at once."""
-PATIENCE_SECONDS = 20.0
+PATIENCE_SECONDS = 60.0
 """So long nothing that was claimed appears before it is made here as well."""
 _ME = f"{socket.gethostname()} {os.getpid()} {uuid.uuid4().hex}"
 

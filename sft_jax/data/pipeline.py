@@ -136,7 +136,8 @@ class PackedDataset:
         self._stores, self._taken, self._sources = tuple(stores), tuple(taken), tuple(sources)
         self._starts = np.cumsum([0, *map(len, stores)])  # example ids of source s: [starts[s], starts[s + 1])
         self._lengths = np.concatenate([store.lengths for store in stores])
-        self._loss_weights = np.array([source.loss_weight for source in sources], np.float32)
+        weights = np.array([source.loss_weight for source in sources], np.float32)
+        self._loss_weights = weights if (weights != 1).any() else None
         self._batch_size, self._seed = batch_size, seed
         self._max_seq_len, self._packing = config.data.max_seq_len, config.data.packing
         self._max_segments, self._row_order = config.data.max_segments_per_row, config.data.row_order
@@ -325,7 +326,7 @@ class PackedDataset:
                 examples[place], origins[place] = views, store.origin(index)
         counts = [len(ids) for ids in contents]
         arrays = assemble_rows(examples, source_ids, counts, self._max_seq_len)
-        if (self._loss_weights != 1).any():
+        if self._loss_weights is not None:
             arrays.loss_weights[...] *= self._loss_weights[arrays.source_ids]
         each = iter(origins)
         return arrays, tuple(tuple(itertools.islice(each, count)) for count in counts)

@@ -58,9 +58,12 @@ class TokenStore:
 
     def __init__(self, folder: Path, path: str, files: Sequence[str]):
         self.folder, self.path, self.files, self.fingerprint = folder, path, tuple(files), folder.name
-        meta = msgspec.json.decode((folder / _META_FILE).read_bytes(), type=_Meta)
+        try:
+            meta = msgspec.json.decode((folder / _META_FILE).read_bytes(), type=_Meta)
+        except (OSError, msgspec.DecodeError) as error:
+            raise self._damaged(f"{_META_FILE} has not what it should: {error}") from error
         self.fingerprint_fields = meta.fingerprint_fields
-        self.account = _relocate(meta.account, dict(zip(map(str, range(len(files))), files, strict=True)))
+        self.account = _relocate(meta.account, {str(i): file for i, file in enumerate(files)})
         self._checksums = meta.checksums
         self._ids, self._loss_weights, self._offsets = map(self._map, ("ids", "loss_weights", "offsets"))
         self._files, self._lines, self.hashes = map(self._map, ("files", "lines", "hashes"))

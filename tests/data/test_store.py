@@ -205,7 +205,7 @@ def test_a_source_that_changes_while_it_is_read_is_refused(tmp_path):
 
 
 @pytest.mark.parametrize("damage", ["truncated", "changed", "missing"])
-@pytest.mark.parametrize("name", ["ids.int32", "loss_weights.float32", "hashes.uint64", "lines.int64"])
+@pytest.mark.parametrize("name", ["ids.int32", "loss_weights.float32", "hashes.uint64", "lines.int64", "meta.json"])
 def test_a_damaged_store_is_noticed(tmp_path, name, damage):
     path = write(tmp_path, GOOD)
     file = prepare(tmp_path, path).folder / name

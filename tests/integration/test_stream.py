@@ -46,6 +46,7 @@ def open_data(folder):
             max_seq_len=64,
             packing=packing,
             read_threads=read_threads,
+            prepare_processes=2,
             store_dir=str(folder / "store"),
         )
         config = Config(run=RunConfig(seed=seed), data=data, batch=BatchConfig(batch_size=BATCH_SIZE))
