@@ -148,8 +148,10 @@ class _Process:
             bufsize=0,
             start_new_session=True,
         )
-        assert self._popen.stdin and self._popen.stdout
-        self._stdin, self._stdout = self._popen.stdin.fileno(), self._popen.stdout.fileno()
+        stdin, stdout = self._popen.stdin, self._popen.stdout
+        assert stdin is not None
+        assert stdout is not None
+        self._stdin, self._stdout = stdin.fileno(), stdout.fileno()
         os.set_blocking(self._stdin, False)
         self.stop = weakref.finalize(self, _stop, self._popen, self.owner)
 

@@ -13,7 +13,7 @@ import re
 from collections.abc import Mapping, Sequence
 from datetime import datetime
 from pathlib import Path
-from typing import Any, Self
+from typing import Any
 
 import jinja2
 
@@ -33,6 +33,8 @@ _RESERVED = ("messages", "add_generation_prompt", "tools", "documents", *SPECIAL
 _REASONING_NAMES = ("reasoning_content", "thinking", "reasoning")
 _PROBE = {"probe_key": "probe_value"}
 _PROBE_JSON = json.dumps(_PROBE)
+# What the expressions of our own templates may raise, besides Jinja's errors.
+_FAILURES = (jinja2.TemplateError, ArithmeticError, AttributeError, LookupError, TypeError, ValueError)
 
 
 class TemplateError(DataError):
@@ -66,11 +68,12 @@ class ChatTemplate:
         self.reads_clock = False
         self._given = (name, text, dict(variables), dict(kwargs), limits)
         self._program: JinjaProgram | SandboxedProgram
+        self._failures: tuple[type[Exception], ...]
         if text in _own_texts():
-            self._program = JinjaProgram(text)
+            self._program, self._failures = JinjaProgram(text), _FAILURES
         else:
             _check_syntax(name, text)
-            self._program = SandboxedProgram(text, limits)
+            self._program, self._failures = SandboxedProgram(text, limits), (RenderError,)
         self._set_kwargs(kwargs)
 
     def _set_kwargs(self, kwargs: Mapping[str, Any]) -> None:
@@ -81,7 +84,7 @@ class ChatTemplate:
         self.text = _default_variables(kwargs) + text if text else ""
         self._variables = {"tools": None, "documents": None, **variables, **kwargs}
 
-    def with_kwargs(self, kwargs: Mapping[str, Any]) -> Self:
+    def with_kwargs(self, kwargs: Mapping[str, Any]) -> "ChatTemplate":
         """The same template with these variables set besides; compiled once for both."""
         other = type(self).__new__(type(self))
         other.__dict__.update({k: v for k, v in vars(self).items() if k not in ("tool_arguments", "reads_clock")})
@@ -112,10 +115,8 @@ class ChatTemplate:
         is tried first, or `string`. Empty: it leaves calls out, or takes none."""
         for form, arguments in (("object", _PROBE), ("string", _PROBE_JSON)):
             call = {"id": "probe0001", "type": "function", "function": {"name": "probe_tool", "arguments": arguments}}
-            messages = [
-                {"role": "user", "content": "Probe."},
-                {"role": "assistant", "content": "", "tool_calls": [call]},
-            ]
+            question: dict[str, Any] = {"role": "user", "content": "Probe."}
+            messages = [question, {"role": "assistant", "content": "", "tool_calls": [call]}]
             try:
                 text = self._render_each(messages, [([0, 1], False)], ())[0]
             except TemplateError:
@@ -173,11 +174,10 @@ class ChatTemplate:
         except CompileError as error:
             raise self._config_error(error) from error
         except LimitError as error:
-            where = f"chat template {self.name} {error}, on a conversation of roles [{_roles(messages)}]"
+            where = f"chat template {self.name} {error}, on a conversation of roles [{_roles(messages, requests)}]"
             raise TemplateError(f"{where}. Mend the template, or choose another.") from error
-        # What the template's own expressions may raise, besides Jinja's errors.
-        except (RenderError, jinja2.TemplateError, ArithmeticError, LookupError, TypeError, ValueError) as error:
-            message = f"chat template {self.name} does not take roles [{_roles(messages)}]: {error}"
+        except self._failures as error:
+            message = f"chat template {self.name} does not take roles [{_roles(messages, requests)}]: {error}"
             raise TemplateError(message) from error
         self.reads_clock |= read_clock
         return texts
@@ -202,7 +202,7 @@ class ChatTemplate:
 
     @functools.cached_property
     def _reasoning_names(self) -> tuple[str, ...]:
-        """Names under which a message's reasoning is given: each that stands in the template, for some read one and fall
+        """Names under which a message's reasoning is given: each that stands in the template, as some read one and fall
         back on another; where none does, the most usual."""
         found = tuple(name for name in _REASONING_NAMES if re.search(rf"\b{name}\b", self.text))
         return found or _REASONING_NAMES[:1]
@@ -213,8 +213,9 @@ class ChatTemplate:
         return ConfigError(f"{where}: {error}. Mend the template.")
 
 
-def _roles(messages: Sequence[Mapping[str, Any]]) -> str:
-    return ", ".join(message["role"] for message in messages)
+def _roles(messages: Sequence[Mapping[str, Any]], requests: Sequence[tuple[Sequence[int], bool]]) -> str:
+    longest = max((numbers for numbers, _ in requests), key=len)
+    return ", ".join(messages[i]["role"] for i in longest)
 
 
 def _check_syntax(name: str, text: str) -> None:

@@ -76,7 +76,8 @@ def tool_chats():
             (*once, _THANKS), (*once, _THANKS, _WELCOME), (*once, *once[len(head) :]),
             (*head, _USER, replace(_CALLING, content="Let me see."), _RESULT, _ANSWER),
             (*head, _USER, both, _RESULT, other_result, _ANSWER),
-            (*head, _USER, _CALLING, replace(_RESULT, content="22"), _CALLING, replace(_RESULT, content="1.5"), _ANSWER),
+            (*head, _USER, _CALLING, replace(_RESULT, content="22"), _CALLING,
+             replace(_RESULT, content="1.5"), _ANSWER),
             (*head, _USER, _CALLING, _RESULT, _THANKS, _WELCOME),
         ]  # fmt: skip
         for chat in chats:
@@ -125,3 +126,35 @@ def _as_dict(message, arguments, reasoning):
     if message.name:
         shown["name"] = message.name
     return shown
+
+
+_CHATML = ("<|im_start|>", "<|im_end|>")
+_LLAMA3 = ("<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>")
+_GEMMA = ("<start_of_turn>", "<end_of_turn>")
+_MISTRAL_V3 = (
+    *("[INST]", "[/INST]", "[AVAILABLE_TOOLS]", "[/AVAILABLE_TOOLS]"),
+    *("[TOOL_CALLS]", "[TOOL_RESULTS]", "[/TOOL_RESULTS]"),
+)
+_DEEPSEEK = ("<｜User｜>", "<｜Assistant｜>", "<｜end▁of▁sentence｜>")
+_DEEPSEEK_TOOLS = [
+    f"<｜tool▁{kind}▁{end}｜>" for kind in ("calls", "call", "outputs", "output") for end in ("begin", "end")
+]
+
+CONTROL_TOKENS = {
+    "chatml": _CHATML,
+    "llama3": _LLAMA3,
+    "llama3.1": _LLAMA3,
+    "qwen2.5": _CHATML,
+    "qwen3": _CHATML,
+    "gemma": _GEMMA,
+    "gemma3": _GEMMA,
+    "mistral-v3": _MISTRAL_V3,
+    "mistral-v7": (*_MISTRAL_V3, "[SYSTEM_PROMPT]", "[/SYSTEM_PROMPT]", "[TOOL_CONTENT]"),
+    "zephyr": ("<|system|>", "<|user|>", "<|assistant|>"),
+    "phi3": ("<|system|>", "<|user|>", "<|assistant|>", "<|end|>"),
+    "phi4": (*_CHATML, "<|im_sep|>"),
+    "olmo2": ("<|system|>", "<|user|>", "<|assistant|>"),
+    "granite": ("<|start_of_role|>", "<|end_of_role|>", "<|end_of_text|>", "<|tool_call|>"),
+    "deepseek": (*_DEEPSEEK, *_DEEPSEEK_TOOLS, "<｜tool▁sep｜>"),
+}
+"""Built-in template -> the control tokens that it writes, besides BOS and EOS: what tiny tokenizers lack."""
