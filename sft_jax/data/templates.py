@@ -1,125 +1,244 @@
 """Messages -> text, by a chat template in Jinja, exactly as transformers' `apply_chat_template` renders it.
 
-A template comes from a name (chatml, llama2, llama3, plain), from a file, or from the tokenizer's own folder. Its text
-is exported with the trained model, headed by defaults for the variables that it was trained with
-(`{% if enable_thinking is not defined %}{% set enable_thinking = false %}...`): what was trained is what serves.
+A template comes from a name (`BUILTIN_TEMPLATES`), from a file, or from the tokenizer's own folder. Ours are rendered
+here; all others in a process of their own, with limits. The text is exported with the trained model, headed by defaults
+for the variables that it was trained with (`{% if enable_thinking is not defined %}{% set enable_thinking = false %}`):
+what was trained is what serves.
 """
 
 import difflib
+import functools
 import json
+import re
 from collections.abc import Mapping, Sequence
 from datetime import datetime
 from pathlib import Path
 from typing import Any
 
 import jinja2
-import jinja2.ext
-import jinja2.nodes
-import jinja2.parser
-from jinja2.sandbox import ImmutableSandboxedEnvironment
 
+from sft_jax.data.jinja_program import JinjaProgram, make_environment
+from sft_jax.data.jinja_sandbox import DEFAULT_LIMITS, CompileError, LimitError, Limits, RenderError, SandboxedProgram
 from sft_jax.data.tokenizer import Tokenizer
 from sft_jax.data.tokenizer_files import SPECIAL_ROLES
-from sft_jax.datatypes import ConfigError, DataError, Message
+from sft_jax.datatypes import ConfigError, DataError, Message, ToolCall
 
-BUILTIN_TEMPLATES = ("chatml", "llama2", "llama3", "plain")
+BUILTIN_TEMPLATES = (
+    *("chatml", "llama2", "llama3", "llama3.1", "qwen2.5", "qwen3", "gemma", "gemma3"),
+    *("mistral-v1", "mistral-v3", "mistral-v7", "zephyr", "phi3", "phi4", "olmo2", "granite", "deepseek", "plain"),
+)
 _BUILTIN_DIR = Path(__file__).parent / "chat_templates"
+_PLAIN_BOS = "{{- bos_token -}}\n"
 _RESERVED = ("messages", "add_generation_prompt", "tools", "documents", *SPECIAL_ROLES)
+_REASONING_NAMES = ("reasoning_content", "thinking", "reasoning")
+_PROBE = {"probe_key": "probe_value"}
+_PROBE_JSON = json.dumps(_PROBE)
+# What the expressions of our own templates may raise, besides Jinja's errors.
+_FAILURES = (jinja2.TemplateError, ArithmeticError, AttributeError, LookupError, TypeError, ValueError)
 
 
 class TemplateError(DataError):
-    """A template refused messages, or failed on them."""
+    """A template refused messages, failed on them, or broke a limit."""
 
 
 class ChatTemplate:
-    """A compiled template with its variables.
+    """A template with its variables. It can be copied to other processes, which render for themselves.
 
     Attributes:
       name: as messages call it: a built-in name, a path, or the tokenizer's folder.
       text: the Jinja text to export; empty where there is no template, and then `render` refuses.
+      kwargs: the user's variables.
       reads_clock: whether a rendering has asked for today's date (`strftime_now`) with no date given as `now`.
     """
 
-    def __init__(self, name: str, text: str, variables: Mapping[str, Any], kwargs: Mapping[str, Any]):
+    def __init__(
+        self,
+        name: str,
+        text: str,
+        variables: Mapping[str, Any],
+        kwargs: Mapping[str, Any],
+        limits: Limits = DEFAULT_LIMITS,
+    ):
         """`variables` are the tokenizer's (`bos_token`, ...), `kwargs` the user's.
 
         Raises:
           ConfigError: a syntax error, or a `now` that is no ISO date.
         """
         self.name = name
-        self._raw, self._given = text, variables
-        self.kwargs = dict(kwargs)
         self.reads_clock = False
-        self._now = _read_date(kwargs["now"]) if "now" in kwargs else None
-        environment = ImmutableSandboxedEnvironment(
-            trim_blocks=True, lstrip_blocks=True, extensions=[_GenerationBlock, jinja2.ext.loopcontrols]
-        )
-        environment.filters["tojson"] = _to_json
-        environment.globals |= {"raise_exception": _raise_exception, "strftime_now": self._strftime_now}
-        self._variables = {**environment.globals, "tools": None, "documents": None, **variables, **kwargs}
-        try:
-            environment.parse(text)
-        except jinja2.TemplateSyntaxError as error:
-            raise ConfigError(
-                f"config.data.chat_template: {name}, line {error.lineno}: {error.message}. Mend the template."
-            ) from error
+        self._given = (name, text, dict(variables), dict(kwargs), limits)
+        self._program: JinjaProgram | SandboxedProgram
+        self._failures: tuple[type[Exception], ...]
+        if text in _own_texts():
+            self._program, self._failures = JinjaProgram(text), _FAILURES
+        else:
+            _check_syntax(name, text)
+            self._program, self._failures = SandboxedProgram(text, limits), (RenderError,)
+        self._set_kwargs(kwargs)
+
+    def _set_kwargs(self, kwargs: Mapping[str, Any]) -> None:
+        if "now" in kwargs:
+            _check_date(kwargs["now"])
+        _, text, variables, _, _ = self._given
+        self.kwargs = dict(kwargs)
         self.text = _default_variables(kwargs) + text if text else ""
-        self._template = environment.from_string(self.text)
+        self._variables = {"tools": None, "documents": None, **variables, **kwargs}
 
-    @property
-    def variables_read(self):
-        import jinja2.meta
+    def with_kwargs(self, kwargs: Mapping[str, Any]) -> "ChatTemplate":
+        """The same template with these variables set besides; compiled once for both."""
+        other = type(self).__new__(type(self))
+        other.__dict__.update({k: v for k, v in vars(self).items() if k not in ("tool_arguments", "reads_clock")})
+        other.reads_clock = False
+        other._set_kwargs({**self.kwargs, **kwargs})
+        return other
 
-        env = self._template.environment
-        return jinja2.meta.find_undeclared_variables(env.parse(self.text)) - {
-            *_RESERVED,
-            "raise_exception",
-            "strftime_now",
-        }
+    def __reduce__(self) -> tuple[Any, ...]:
+        name, text, variables, _, limits = self._given
+        return type(self), (name, text, variables, self.kwargs, limits)
 
-    def with_kwargs(self, kwargs):
-        return ChatTemplate(self.name, self._raw, self._given, {**self.kwargs, **kwargs})
+    def close(self) -> None:
+        """End the process that renders, if there is one; the next rendering starts another."""
+        if isinstance(self._program, SandboxedProgram):
+            self._program.close()
 
-    def as_dict(self, message):
-        return _as_dict(message)
+    @functools.cached_property
+    def variables_read(self) -> frozenset[str]:
+        """Names of the variables that `config.data.chat_template_kwargs` can give to some effect."""
+        try:
+            return frozenset(self._program.variables_read() - {*_RESERVED})
+        except (CompileError, LimitError) as error:
+            raise self._config_error(error) from error
 
-    def render_each(self, requests, tools=()):
-        return [self.render(messages, prompt, tools) for messages, prompt in requests]
+    @functools.cached_property
+    def tool_arguments(self) -> str:
+        """The form in which the template writes the arguments of a call as JSON, or otherwise as data: `object`, which
+        is tried first, or `string`. Empty: it leaves calls out, or takes none."""
+        for form, arguments in (("object", _PROBE), ("string", _PROBE_JSON)):
+            call = {"id": "probe0001", "type": "function", "function": {"name": "probe_tool", "arguments": arguments}}
+            question: dict[str, Any] = {"role": "user", "content": "Probe."}
+            messages = [question, {"role": "assistant", "content": "", "tool_calls": [call]}]
+            try:
+                text = self._render_each(messages, [([0, 1], False)], ())[0]
+            except TemplateError:
+                continue
+            as_data = "probe_key" in text and "probe_value" in text and str(_PROBE) not in text
+            if _PROBE_JSON in text or (form == "object" and as_data):
+                return form
+        return ""
 
-    def render(self, messages: Sequence[Message], add_generation_prompt: bool, tools=()) -> str:
+    def render(
+        self, messages: Sequence[Message], add_generation_prompt: bool, tools: Sequence[Mapping[str, Any]] = ()
+    ) -> str:
         """The text of a conversation.
 
         Args:
           add_generation_prompt: end with what asks the model for an assistant turn.
+          tools: schemas, exactly as the template shall see them.
 
         Raises:
-          ConfigError: there is no template.
-          TemplateError: the template refuses these messages.
+          ConfigError: there is no template, or it cannot be compiled.
+          TemplateError: the template refuses these messages, or breaks a limit on them.
         """
+        return self.render_each([(messages, add_generation_prompt)], tools)[0]
+
+    def render_each(
+        self, requests: Sequence[tuple[Sequence[Message], bool]], tools: Sequence[Mapping[str, Any]] = ()
+    ) -> list[str]:
+        """The texts of several requests (messages, add_generation_prompt), at the price of one where the template runs
+        in another process. Raises what `render` raises."""
         if not self.text:
             raise ConfigError(
                 f"config.data.chat_template: is empty, and {self.name} has no chat template of its own. "
                 f"Choose one of {', '.join(BUILTIN_TEMPLATES)}, or name a Jinja file."
             )
-        variables = {
-            **self._variables,
-            "messages": [_as_dict(message) for message in messages],
-            "tools": list(tools) or None,
-            "add_generation_prompt": add_generation_prompt,
-        }
-        template = self._template
-        # What template.render does, in a third of the time: it would copy its globals for every call.
-        context = template.environment.context_class(template.environment, variables, template.name, template.blocks)
-        try:
-            return "".join(template.root_render_func(context))
-        # What the template's own expressions may raise, besides Jinja's errors.
-        except (jinja2.TemplateError, ArithmeticError, AttributeError, LookupError, TypeError, ValueError) as error:
-            roles = ", ".join(message.role for message in messages)
-            raise TemplateError(f"chat template {self.name} does not take roles [{roles}]: {error}") from error
+        numbers: dict[int, int] = {}  # of messages, by identity: most stand in several requests
+        shown: list[dict[str, Any]] = []
+        numbered = []
+        for messages, add_generation_prompt in requests:
+            for message in messages:
+                if id(message) not in numbers:
+                    numbers[id(message)] = len(shown)
+                    shown.append(self._as_dict(message))
+            numbered.append(([numbers[id(message)] for message in messages], add_generation_prompt))
+        return self._render_each(shown, numbered, tools)
 
-    def _strftime_now(self, pattern: str) -> str:
-        self.reads_clock |= self._now is None
-        return (self._now or datetime.now()).strftime(pattern)
+    def _render_each(
+        self,
+        messages: Sequence[Mapping[str, Any]],
+        requests: Sequence[tuple[Sequence[int], bool]],
+        tools: Sequence[Mapping[str, Any]],
+    ) -> list[str]:
+        variables = {**self._variables, "tools": list(tools)} if tools else self._variables
+        try:
+            texts, read_clock = self._program.render_each(variables, messages, requests)
+        except CompileError as error:
+            raise self._config_error(error) from error
+        except LimitError as error:
+            where = f"chat template {self.name} {error}, on a conversation of roles [{_roles(messages, requests)}]"
+            raise TemplateError(f"{where}. Mend the template, or choose another.") from error
+        except self._failures as error:
+            message = f"chat template {self.name} does not take roles [{_roles(messages, requests)}]: {error}"
+            raise TemplateError(message) from error
+        self.reads_clock |= read_clock
+        return texts
+
+    def _as_dict(self, message: Message) -> dict[str, Any]:
+        """A message as users of transformers pass it: what is empty is absent."""
+        shown: dict[str, Any] = {"role": message.role, "content": message.content}
+        if message.reasoning:
+            shown |= dict.fromkeys(self._reasoning_names, message.reasoning)
+        if message.tool_calls:
+            shown["tool_calls"] = [self._call_as_dict(call) for call in message.tool_calls]
+        if message.tool_call_id:
+            shown["tool_call_id"] = message.tool_call_id
+        if message.name:
+            shown["name"] = message.name
+        return shown
+
+    def _call_as_dict(self, call: ToolCall) -> dict[str, Any]:
+        arguments = call.arguments_json if self.tool_arguments == "string" else call.arguments
+        shown = {"type": "function", "function": {"name": call.name, "arguments": arguments}}
+        return {"id": call.id, **shown} if call.id else shown
+
+    @functools.cached_property
+    def _reasoning_names(self) -> tuple[str, ...]:
+        """Names under which a message's reasoning is given: each that stands in the template, as some read one and fall
+        back on another; where none does, the most usual."""
+        found = tuple(name for name in _REASONING_NAMES if re.search(rf"\b{name}\b", self.text))
+        return found or _REASONING_NAMES[:1]
+
+    def _config_error(self, error: CompileError | LimitError) -> ConfigError:
+        line = getattr(error, "line", None)
+        where = f"config.data.chat_template: {self.name}" + (f", line {line}" if line else "")
+        return ConfigError(f"{where}: {error}. Mend the template.")
+
+
+def _roles(messages: Sequence[Mapping[str, Any]], requests: Sequence[tuple[Sequence[int], bool]]) -> str:
+    longest = max((numbers for numbers, _ in requests), key=len)
+    return ", ".join(messages[i]["role"] for i in longest)
+
+
+def _check_syntax(name: str, text: str) -> None:
+    """Parsing alone evaluates nothing; what it lets pass, compiling in the other process may still refuse."""
+    try:
+        make_environment().parse(text)
+    except jinja2.TemplateSyntaxError as error:
+        where = f"config.data.chat_template: {name}, line {error.lineno}"
+        raise ConfigError(f"{where}: {error.message}. Mend the template.") from error
+    except (RecursionError, ValueError) as error:  # nested too deeply; a number too long
+        raise ConfigError(f"config.data.chat_template: {name}: {error}. Mend the template.") from error
+
+
+@functools.cache
+def _own_texts() -> frozenset[str]:
+    """Texts that are known to be harmless: none, and the built-in templates as they are exported."""
+    texts = [_builtin_text(name) for name in BUILTIN_TEMPLATES]
+    return frozenset(["", _PLAIN_BOS + _builtin_text("plain"), *texts])
+
+
+@functools.cache
+def _builtin_text(name: str) -> str:
+    return (_BUILTIN_DIR / f"{name}.jinja").read_text(encoding="utf-8")
 
 
 def load_template(chat_template: str, tokenizer: Tokenizer, kwargs: Mapping[str, Any]) -> ChatTemplate:
@@ -137,9 +256,9 @@ def load_template(chat_template: str, tokenizer: Tokenizer, kwargs: Mapping[str,
         if name in _RESERVED:
             raise ConfigError(f"config.data.chat_template_kwargs.{name}: is set by us. Take it out.")
     if chat_template in BUILTIN_TEMPLATES:
-        text = (_BUILTIN_DIR / f"{chat_template}.jinja").read_text(encoding="utf-8")
+        text = _builtin_text(chat_template)
         if chat_template == "plain" and tokenizer.adds_bos:
-            text = "{{- bos_token -}}\n" + text
+            text = _PLAIN_BOS + text
         return ChatTemplate(chat_template, text, tokenizer.special_tokens, kwargs)
     if not chat_template:
         return ChatTemplate(tokenizer.origin, tokenizer.chat_template, tokenizer.special_tokens, kwargs)
@@ -148,31 +267,18 @@ def load_template(chat_template: str, tokenizer: Tokenizer, kwargs: Mapping[str,
         close = difflib.get_close_matches(chat_template, BUILTIN_TEMPLATES, n=1)
         hint = f"Did you mean {close[0]}?" if close else f"Built in are {', '.join(BUILTIN_TEMPLATES)}."
         raise ConfigError(f"config.data.chat_template: {chat_template!r} is no file and no built-in template. {hint}")
-    text = path.read_text(encoding="utf-8")
+    try:
+        text = path.read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise ConfigError(f"config.data.chat_template: {chat_template} is not UTF-8: {error}. Name a text.") from error
     if not text.strip():
         raise ConfigError(f"config.data.chat_template: {chat_template} is empty. Write a template into it.")
     return ChatTemplate(chat_template, text, tokenizer.special_tokens, kwargs)
 
 
-def _as_dict(m):
-    d = {"role": m.role, "content": m.content}
-    if m.reasoning:
-        d["reasoning_content"] = d["thinking"] = d["reasoning"] = m.reasoning
-    if m.tool_calls:
-        d["tool_calls"] = [
-            {"id": c.id, "type": "function", "function": {"name": c.name, "arguments": c.arguments}}
-            for c in m.tool_calls
-        ]
-    if m.tool_call_id:
-        d["tool_call_id"] = m.tool_call_id
-    if m.name:
-        d["name"] = m.name
-    return d
-
-
-def _read_date(value: Any) -> datetime:
+def _check_date(value: Any) -> None:
     try:
-        return datetime.fromisoformat(value)
+        datetime.fromisoformat(value)
     except (TypeError, ValueError) as error:
         raise ConfigError(
             f"config.data.chat_template_kwargs.now: is {value!r}; expected a date, 2026-01-31."
@@ -201,29 +307,3 @@ def _literal(name: str, value: Any) -> str:
         case dict():
             return f"{{{', '.join(f'{json.dumps(k)}: {_literal(name, v)}' for k, v in value.items())}}}"
     raise ConfigError(f"config.data.chat_template_kwargs.{name}: is {value!r}; expected what JSON can hold.")
-
-
-class _GenerationBlock(jinja2.ext.Extension):
-    """`{% generation %}` ... `{% endgeneration %}`, by which transformers marks its mask; it renders what it holds."""
-
-    tags = {"generation"}  # noqa: RUF012 (jinja2 declares it so)
-
-    def parse(self, parser: jinja2.parser.Parser) -> jinja2.nodes.Node:
-        line = next(parser.stream).lineno
-        body = parser.parse_statements(("name:endgeneration",), drop_needle=True)
-        return jinja2.nodes.Scope(body, lineno=line)  # a scope, as the macro call is that transformers makes of it
-
-
-def _raise_exception(message: str) -> None:
-    raise jinja2.TemplateError(message)
-
-
-def _to_json(
-    value: Any,
-    ensure_ascii: bool = False,
-    indent: int | None = None,
-    separators: tuple[str, str] | None = None,
-    sort_keys: bool = False,
-) -> str:
-    """Jinja's own filter would escape HTML."""
-    return json.dumps(value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys)

@@ -14,7 +14,7 @@ from tiny_tokenizers import edit_json, write_sentencepiece
 
 from sft_jax.data.errors import RowError
 from sft_jax.data.rendering import Renderer, RenderOptions
-from sft_jax.data.templates import BUILTIN_TEMPLATES, ChatTemplate, load_template
+from sft_jax.data.templates import ChatTemplate, load_template
 from sft_jax.data.tokenizer import load_tokenizer
 from sft_jax.datatypes import ConfigError, Conversation, Document, Message, Origin
 
@@ -72,7 +72,7 @@ def assert_prompts_are_inference_s(renderer, conversation, examples):
         assert example.ids[:start].tolist() == renderer.prompt_ids(conversation.messages[:turn])
 
 
-@pytest.fixture(scope="module", params=[*BUILTIN_TEMPLATES, "byte_level"])
+@pytest.fixture(scope="module", params=["chatml", "llama2", "llama3", "plain", "byte_level"])
 def renderer(request, tiny_sentencepiece, tiny_byte_level):
     if request.param == "byte_level":
         return open_renderer(tiny_byte_level, "chatml", new_tokens=())

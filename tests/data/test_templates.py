@@ -1,14 +1,17 @@
-"""Templates render as written down for each format, foreign Jinja is contained, and every refusal says what to do."""
+"""Templates render as written down for each format, and as the originals; every refusal says what to do."""
 
 import datetime
+import itertools
 import json
+import re
 import shutil
 
 import pytest
+from chats import CALL, CONTROL_TOKENS, TOOLS, all_chats, plain_chats, tool_chats
 
 from sft_jax.data.templates import BUILTIN_TEMPLATES, ChatTemplate, TemplateError, load_template
 from sft_jax.data.tokenizer import load_tokenizer
-from sft_jax.datatypes import ConfigError, Message
+from sft_jax.datatypes import ConfigError, Message, ToolCall
 
 CHAT = (
     Message("system", " Be brief. "),
@@ -34,13 +37,85 @@ EXPECTED = {
         "<|start_header_id|>user<|end_header_id|>\n\nBye<|eot_id|>"
         "<|start_header_id|>assistant<|end_header_id|>\n\nSee you.<|eot_id|>"
     ),
+    "llama3.1": (
+        "<s><|start_header_id|>system<|end_header_id|>\n\nCutting Knowledge Date: December 2023\n"
+        "Today Date: 26 Jul 2024\n\nBe brief.<|eot_id|>"
+        "<|start_header_id|>user<|end_header_id|>\n\nHi<|eot_id|>"
+        "<|start_header_id|>assistant<|end_header_id|>\n\nHello!<|eot_id|>"
+        "<|start_header_id|>user<|end_header_id|>\n\nBye<|eot_id|>"
+        "<|start_header_id|>assistant<|end_header_id|>\n\nSee you.<|eot_id|>"
+    ),
+    "qwen2.5": (
+        "<|im_start|>system\n Be brief. <|im_end|>\n<|im_start|>user\n Hi\n<|im_end|>\n"
+        "<|im_start|>assistant\nHello! <|im_end|>\n<|im_start|>user\nBye<|im_end|>\n"
+        "<|im_start|>assistant\n  See you.<|im_end|>\n"
+    ),
+    "qwen3": (
+        "<|im_start|>system\n Be brief. <|im_end|>\n<|im_start|>user\n Hi\n<|im_end|>\n"
+        "<|im_start|>assistant\nHello! <|im_end|>\n<|im_start|>user\nBye<|im_end|>\n"
+        "<|im_start|>assistant\n<think>\n\n</think>\n\n  See you.<|im_end|>\n"
+    ),
+    "gemma3": (
+        "<s><start_of_turn>user\n Be brief. \n\nHi<end_of_turn>\n<start_of_turn>model\nHello!<end_of_turn>\n"
+        "<start_of_turn>user\nBye<end_of_turn>\n<start_of_turn>model\nSee you.<end_of_turn>\n"
+    ),
+    # mistralai/mistral-common, InstructTokenizerV1: the system prompt and a blank line head the first instruction.
+    "mistral-v1": "<s>[INST] Be brief. \n\n Hi [/INST] Hello!</s>[INST] Bye [/INST] See you.</s>",
+    # mistralai/mistral-common, tests/data/chat_templates/v3_spm.jinja and v7_spm.jinja.
+    "mistral-v3": "<s>[INST]  Hi\n[/INST] Hello! </s>[INST]  Be brief. \n\nBye[/INST]   See you.</s>",
+    "mistral-v7": (
+        "<s>[SYSTEM_PROMPT]  Be brief. [/SYSTEM_PROMPT][INST]  Hi\n[/INST] Hello! </s>[INST] Bye[/INST]   See you.</s>"
+    ),
+    "zephyr": (
+        "<|system|>\nBe brief.</s>\n<|user|>\nHi</s>\n<|assistant|>\nHello!</s>\n<|user|>\nBye</s>\n"
+        "<|assistant|>\nSee you.</s>\n"
+    ),
+    "phi3": (
+        "<|system|>\n Be brief. <|end|>\n<|user|>\n Hi\n<|end|>\n<|assistant|>\nHello! <|end|>\n<|user|>\nBye<|end|>\n"
+        "<|assistant|>\n  See you.<|end|>\n</s>"
+    ),
+    # microsoft/phi-4, tokenizer_config.json: no newlines at all.
+    "phi4": (
+        "<|im_start|>system<|im_sep|> Be brief. <|im_end|><|im_start|>user<|im_sep|> Hi\n<|im_end|>"
+        "<|im_start|>assistant<|im_sep|>Hello! <|im_end|><|im_start|>user<|im_sep|>Bye<|im_end|>"
+        "<|im_start|>assistant<|im_sep|>  See you.<|im_end|>"
+    ),
+    # allenai/OLMo-2-1124-7B-SFT, tokenizer_config.json: a newline after each turn but the last.
+    "olmo2": (
+        "<s><|system|>\n Be brief. \n<|user|>\n Hi\n\n<|assistant|>\nHello! </s>\n<|user|>\nBye\n"
+        "<|assistant|>\n  See you.</s>"
+    ),
+    "granite": (
+        "<|start_of_role|>system<|end_of_role|> Be brief. <|end_of_text|>\n"
+        "<|start_of_role|>user<|end_of_role|> Hi\n<|end_of_text|>\n"
+        "<|start_of_role|>assistant<|end_of_role|>Hello! <|end_of_text|>\n"
+        "<|start_of_role|>user<|end_of_role|>Bye<|end_of_text|>\n"
+        "<|start_of_role|>assistant<|end_of_role|>  See you.<|end_of_text|>\n"
+    ),
+    "deepseek": (
+        "<s> Be brief. <｜User｜> Hi\n<｜Assistant｜>Hello! <｜end▁of▁sentence｜>"
+        "<｜User｜>Bye<｜Assistant｜>  See you.<｜end▁of▁sentence｜>"
+    ),
     "plain": "<s> Be brief.  Hi\nHello! </s>Bye  See you.</s>",
 }
-PROMPT = {
-    "chatml": "<|im_start|>assistant\n",
-    "llama2": "",
-    "llama3": "<|start_header_id|>assistant<|end_header_id|>\n\n",
-    "plain": "",
+# Without a system message, where there is more to it than leaving it out.
+WITHOUT_SYSTEM = {
+    "gemma": (
+        "<s><start_of_turn>user\nHi<end_of_turn>\n<start_of_turn>model\nHello!<end_of_turn>\n"
+        "<start_of_turn>user\nBye<end_of_turn>\n<start_of_turn>model\nSee you.<end_of_turn>\n"
+    ),
+    "qwen2.5": EXPECTED["qwen2.5"].replace(
+        " Be brief. ", "You are Qwen, created by Alibaba Cloud. You are a helpful assistant."
+    ),
+    "llama3.1": EXPECTED["llama3.1"].replace("Be brief.", ""),
+    "mistral-v3": "<s>[INST]  Hi\n[/INST] Hello! </s>[INST] Bye[/INST]   See you.</s>",
+}
+STOPS = {
+    **dict.fromkeys(("llama2", "mistral-v1", "mistral-v3", "mistral-v7", "zephyr", "olmo2", "plain"), "</s>"),
+    **dict.fromkeys(("chatml", "qwen2.5", "qwen3", "phi4"), "<|im_end|>"),
+    **dict.fromkeys(("llama3", "llama3.1"), "<|eot_id|>"),
+    **dict.fromkeys(("gemma", "gemma3"), "<end_of_turn>"),
+    **{"phi3": "<|end|>", "granite": "<|end_of_text|>", "deepseek": "<｜end▁of▁sentence｜>"},
 }
 
 
@@ -53,13 +128,240 @@ def template(text, **kwargs):
     return ChatTemplate("test.jinja", text, {"bos_token": "<s>", "eos_token": "</s>"}, kwargs)
 
 
+def render_or_none(chat_template, messages, add_generation_prompt, tools=()):
+    try:
+        return chat_template.render(messages, add_generation_prompt, tools)
+    except TemplateError:
+        return None
+
+
+# --- The built-in formats --------------------------------------------------------------------------------------------
+
+
 @pytest.mark.parametrize("name", BUILTIN_TEMPLATES)
 def test_built_in_formats(tokenizer, name):
     built_in = load_template(name, tokenizer, {})
-    assert built_in.render(CHAT, add_generation_prompt=False) == EXPECTED[name]
-    assert built_in.render(CHAT[:2], add_generation_prompt=True).endswith(PROMPT[name])
-    assert EXPECTED[name].startswith(built_in.render(CHAT[:2], add_generation_prompt=True))
-    assert built_in.render(CHAT[1:3], add_generation_prompt=False)  # no system message
+    if name == "gemma":
+        with pytest.raises(TemplateError, match="no system message"):
+            built_in.render(CHAT, add_generation_prompt=False)
+    else:
+        assert built_in.render(CHAT, add_generation_prompt=False).replace(tokenizer.eos_token, "</s>") == EXPECTED[name]
+    if name in WITHOUT_SYSTEM:
+        assert built_in.render(CHAT[1:], add_generation_prompt=False) == WITHOUT_SYSTEM[name]
+
+
+SWITCHES = {"qwen3": "enable_thinking", "deepseek": "thinking"}
+FORMS = [
+    *((name, {}) for name in BUILTIN_TEMPLATES),
+    *((name, {switch: on}) for name, switch in SWITCHES.items() for on in (True, False)),
+]
+
+
+def has_question(messages):
+    return any(message.role == "user" for message in messages)
+
+
+@pytest.mark.parametrize(("name", "kwargs"), FORMS)
+def test_built_in_prompts_are_prefixes_of_turns_that_stop(tokenizer, name, kwargs):
+    built_in = load_template(name, tokenizer, kwargs)
+    num_turns = 0
+    for messages, tools in all_chats():
+        for i, message in enumerate(messages):
+            if message.role != "assistant":
+                continue
+            prompt = render_or_none(built_in, messages[:i], True, tools) if i else None
+            whole = render_or_none(built_in, messages[: i + 1], False, tools)
+            if prompt is None or whole is None:
+                continue
+            if kwargs.get("enable_thinking") is False and (message.reasoning or not has_question(messages[:i])):
+                continue  # the prompt says that there is no reasoning, and without a question the turn does not
+            assert whole.startswith(prompt)
+            before, stop, after = whole.removeprefix(prompt).partition(STOPS[name])
+            assert stop
+            assert message.content.strip() in before or (name == "llama3.1" and message.tool_calls)
+            assert after.strip() == ("</s>" if name == "phi3" else "")
+            num_turns += 1
+    assert num_turns > 20
+
+
+@pytest.mark.parametrize("name", BUILTIN_TEMPLATES)
+def test_built_in_templates_write_only_the_control_tokens_listed(tokenizer, name):
+    """So that other tests give tiny tokenizers what they need."""
+    built_in = load_template(name, tokenizer, {})
+    written = set()
+    for messages, tools in all_chats():
+        text = render_or_none(built_in, messages, True, tools) or ""
+        written |= set(re.findall(r"<\|\w+\|>|<｜[^｜]+｜>|<\w+_of_turn>|\[/?[A-Z]+_[A-Z]+\]", text))
+        if "[INST] " in text and name not in ("llama2", "mistral-v1"):
+            written |= {"[INST]", "[/INST]"}
+    written.discard("<|tool|>")  # zephyr takes any role in the assistant's place, as the original
+    assert written == set(CONTROL_TOKENS.get(name, ()))
+
+
+def original(assets, path):
+    """Jinja text of an asset. The files of chujiezheng are indented for reading and loaded so by their repository."""
+    if path == "deepseek":
+        return json.loads((assets / "tokenizers/deepseek/tokenizer_config.json").read_text())["chat_template"]
+    text = (assets / f"chat_templates/{path}.jinja").read_text()
+    return text.replace("    ", "").replace("\n", "") if path.startswith("chujiezheng") else text
+
+
+def without_calls(messages):
+    return all(message.role != "tool" and not message.tool_calls for message in messages)
+
+
+def user_after_result(messages):
+    return ("tool", "user") in itertools.pairwise(message.role for message in messages)
+
+
+ORIGINALS = {
+    "llama3": ("trl/llama3", lambda m: True),
+    "llama3.1": ("trl/llama3_1", lambda m: True),
+    "qwen2.5": ("trl/qwen2_5", lambda m: True),
+    "qwen3": ("trl/qwen3", lambda m: True),
+    "gemma": ("trl/gemma", lambda m: True),
+    "gemma3": ("trl/gemma3", lambda m: True),
+    "phi3": ("trl/phi3", lambda m: True),
+    "zephyr": ("chujiezheng/zephyr", lambda m: True),
+    # It knows calls and results as roles of its own only.
+    "granite": ("chujiezheng/granite-3.0-instruct", without_calls),
+    # It puts the system message before [INST], where Mistral's own code has it after.
+    "mistral-v1": ("chujiezheng/mistral-instruct", lambda m: m[0].role != "system" and without_calls(m)),
+    # It trims the system message, as Meta's own code does not.
+    "llama2": ("chujiezheng/llama-2-chat", lambda m: m[0].content == m[0].content.strip() and without_calls(m)),
+    # It opens a list of calls, and of results, once in a conversation; and a user after a result leaves it open.
+    "deepseek": ("deepseek", lambda m: sum(bool(x.tool_calls) for x in m) < 2 and not user_after_result(m)),
+}
+
+
+@pytest.mark.parametrize("name", ORIGINALS)
+def test_built_in_templates_render_as_the_originals(assets, name):
+    path, is_alike = ORIGINALS[name]
+    variables = {"bos_token": "<s>", "eos_token": STOPS[name] if name == "deepseek" else "</s>"}
+    theirs = ChatTemplate(path, original(assets, path), variables, {})
+    ours = load_template(name, load_tokenizer(assets / "tokenizers/llama2"), {})
+    assert ours.kwargs == {}
+    num_alike = 0
+    for messages, tools in [*((m, ()) for m in plain_chats()), *all_chats()]:
+        if not is_alike(messages):
+            continue
+        for prompt in (False, True):
+            expected = render_or_none(theirs, messages, prompt, tools)
+            assert render_or_none(ours, messages, prompt, tools) == expected
+            num_alike += expected is not None
+    assert num_alike > 60
+    theirs.close()
+
+
+@pytest.mark.parametrize(("name", "path"), [("qwen3", "trl/qwen3"), ("llama3.1", "trl/llama3_1")])
+def test_variables_of_the_originals(assets, name, path):
+    for kwargs in (
+        [dict(enable_thinking=True), dict(enable_thinking=False)]
+        if name == "qwen3"
+        else [dict(date_string="1 Jan 2026"), dict(tools_in_user_message=False)]
+    ):
+        variables = {"bos_token": "<s>", "eos_token": "</s>"}
+        theirs = ChatTemplate(path, original(assets, path), variables, kwargs)
+        ours = load_template(name, load_tokenizer(assets / "tokenizers/llama2"), kwargs)
+        for messages, tools in all_chats():
+            for prompt in (False, True):
+                expected = render_or_none(theirs, messages, prompt, tools)
+                assert render_or_none(ours, messages, prompt, tools) == expected
+        theirs.close()
+
+
+# --- Tools and reasoning, by hand where no original is at hand -------------------------------------------------------
+
+WEATHER = Message("user", "Weather?")
+CALLING = Message("assistant", "", tool_calls=(ToolCall("get", {"city": "Rom"}, '{"city":"Rom"}', id="call00001"),))
+TWO_CALLS = Message("assistant", "", tool_calls=(*CALLING.tool_calls, ToolCall("now", {}, "{}", id="call00002")))
+RESULT = Message("tool", '{"c": 22}', tool_call_id="call00001", name="get")
+NUMBER = Message("tool", "22", tool_call_id="call00002", name="now")
+ANSWER = Message("assistant", "Warm.")
+SCHEMA = {"type": "function", "function": {"name": "get", "parameters": {}}}
+SCHEMA_JSON = '{"type": "function", "function": {"name": "get", "parameters": {}}}'
+
+
+@pytest.mark.parametrize(
+    ("name", "expected"),
+    [
+        # mistralai/mistral-common, tests/data/chat_templates/v3_spm.jinja: numbers in results are written as numbers.
+        (
+            "mistral-v3",
+            "<s>[AVAILABLE_TOOLS] [" + SCHEMA_JSON + "][/AVAILABLE_TOOLS][INST] Weather?[/INST]"
+            '[TOOL_CALLS] [{"name": "get", "arguments": {"city": "Rom"}, "id": "call00001"}, '
+            '{"name": "now", "arguments": {}, "id": "call00002"}]</s>'
+            '[TOOL_RESULTS] {"content": "{\\"c\\": 22}", "call_id": "call00001"}[/TOOL_RESULTS]'
+            '[TOOL_RESULTS] {"content": 22, "call_id": "call00002"}[/TOOL_RESULTS] Warm.</s>',
+        ),
+        # The same, v7_spm.jinja.
+        (
+            "mistral-v7",
+            "<s>[AVAILABLE_TOOLS] [" + SCHEMA_JSON + "][/AVAILABLE_TOOLS][INST] Weather?[/INST]"
+            '[TOOL_CALLS] [{"name": "get", "arguments": {"city": "Rom"}, "id": "call00001"}, '
+            '{"name": "now", "arguments": {}, "id": "call00002"}]</s>'
+            '[TOOL_RESULTS] call00001[TOOL_CONTENT] {"c": 22}[/TOOL_RESULTS]'
+            "[TOOL_RESULTS] call00002[TOOL_CONTENT] 22[/TOOL_RESULTS] Warm.</s>",
+        ),
+        # ibm-granite/granite-3.1-8b-instruct: "respond with <|tool_call|> followed by a JSON list of tools used".
+        (
+            "granite",
+            '<|start_of_role|>available_tools<|end_of_role|>\n{\n    "type": "function",\n    "function": {\n'
+            '        "name": "get",\n        "parameters": {}\n    }\n}<|end_of_text|>\n'
+            "<|start_of_role|>user<|end_of_role|>Weather?<|end_of_text|>\n"
+            '<|start_of_role|>assistant<|end_of_role|><|tool_call|>[{"name": "get", "arguments": {"city": "Rom"}}, '
+            '{"name": "now", "arguments": {}}]<|end_of_text|>\n'
+            '<|start_of_role|>tool_response<|end_of_role|>{"c": 22}<|end_of_text|>\n'
+            "<|start_of_role|>tool_response<|end_of_role|>22<|end_of_text|>\n"
+            "<|start_of_role|>assistant<|end_of_role|>Warm.<|end_of_text|>\n",
+        ),
+        (
+            "deepseek",
+            "<s><｜User｜>Weather?<｜Assistant｜><｜tool▁calls▁begin｜><｜tool▁call▁begin｜>function<｜tool▁sep｜>get\n"
+            '```json\n{"city": "Rom"}\n```<｜tool▁call▁end｜>\n<｜tool▁call▁begin｜>function<｜tool▁sep｜>now\n'
+            "```json\n{}\n```<｜tool▁call▁end｜><｜tool▁calls▁end｜><｜end▁of▁sentence｜><｜tool▁outputs▁begin｜>"
+            '<｜tool▁output▁begin｜>{"c": 22}<｜tool▁output▁end｜><｜tool▁output▁begin｜>22<｜tool▁output▁end｜>'
+            "<｜tool▁outputs▁end｜>Warm.<｜end▁of▁sentence｜>",
+        ),
+    ],
+)
+def test_tools_by_hand(tokenizer, name, expected):
+    built_in = load_template(name, tokenizer, {})
+    assert built_in.render((WEATHER, TWO_CALLS, RESULT, NUMBER, ANSWER), False, (SCHEMA,)) == expected
+
+
+@pytest.mark.parametrize(
+    ("name", "messages", "words"),
+    [
+        ("mistral-v3", (WEATHER, WEATHER), "no user message after user"),
+        ("mistral-v7", (WEATHER, RESULT), "no tool message after user"),
+        ("mistral-v3", (ANSWER,), "no assistant message after start"),
+        ("mistral-v7", (WEATHER, Message("assistant", "")), "no empty assistant message"),
+        ("mistral-v3", (WEATHER, Message("assistant", "")), "no empty assistant message"),
+        ("mistral-v3", (WEATHER, Message("assistant", "x", tool_calls=(CALL,))), "both content and calls"),
+        ("mistral-v3", (WEATHER, Message("assistant", "", tool_calls=(ToolCall("f", {}, "{}"),))), "9 characters"),
+        ("mistral-v7", (WEATHER, CALLING, Message("tool", "x", tool_call_id="call_1")), "9 characters"),
+        ("llama3.1", (WEATHER, TWO_CALLS), "one tool a turn"),
+        ("gemma3", (WEATHER, WEATHER), "user and assistant in turn"),
+        ("zephyr", (WEATHER, WEATHER), "user and assistant in turn"),
+    ],
+)
+def test_what_built_in_templates_refuse(tokenizer, name, messages, words):
+    with pytest.raises(TemplateError, match=words):
+        load_template(name, tokenizer, {}).render(messages, add_generation_prompt=False)
+
+
+def test_deepseek_with_reasoning(tokenizer):
+    thought = Message("assistant", "4.", reasoning="2 + 2")
+    thinks = load_template("deepseek", tokenizer, {"thinking": True})
+    prompt = thinks.render((WEATHER, thought, WEATHER), add_generation_prompt=True)
+    assert prompt == (
+        "<s><｜User｜>Weather?<｜Assistant｜>4.<｜end▁of▁sentence｜><｜User｜>Weather?<｜Assistant｜><think>\n"
+    )
+    whole = thinks.render((WEATHER, thought, WEATHER, thought), add_generation_prompt=False)
+    assert whole == prompt + "2 + 2\n</think>\n\n4.<｜end▁of▁sentence｜>"
+    without = load_template("deepseek", tokenizer, {})
+    assert without.render((WEATHER, thought), False) == ("<s><｜User｜>Weather?<｜Assistant｜>4.<｜end▁of▁sentence｜>")
 
 
 def test_plain_writes_bos_only_where_documents_have_one(tiny_byte_level, tokenizer):
@@ -72,6 +374,107 @@ def test_llama2_refuses_other_orders(tokenizer, roles):
     messages = [Message(role, "x") for role in roles.split()]
     with pytest.raises(TemplateError, match="user and assistant in turn"):
         load_template("llama2", tokenizer, {}).render(messages, add_generation_prompt=True)
+
+
+# --- What a template is given ----------------------------------------------------------------------------------------
+
+
+def shown(text, *messages, tools=()):
+    """The messages as a template sees them that has `text` in it."""
+    chat_template = template("{{ messages | tojson }}{# " + text + " #}{% set _ = " + (text or "1") + " %}")
+    return json.loads(chat_template.render(messages, False, tools))
+
+
+def test_messages_have_only_what_the_row_has():
+    assert shown("", WEATHER, ANSWER) == [
+        {"role": "user", "content": "Weather?"},
+        {"role": "assistant", "content": "Warm."},
+    ]
+    assert shown("", CALLING, RESULT) == [
+        {
+            "role": "assistant",
+            "content": "",
+            "tool_calls": [
+                {"id": "call00001", "type": "function", "function": {"name": "get", "arguments": {"city": "Rom"}}}
+            ],
+        },
+        {"role": "tool", "content": '{"c": 22}', "tool_call_id": "call00001", "name": "get"},
+    ]
+    (bare,) = shown("", Message("assistant", "x", tool_calls=(ToolCall("f", {}, "{}"),)))
+    assert bare["tool_calls"] == [{"type": "function", "function": {"name": "f", "arguments": {}}}]
+
+
+@pytest.mark.parametrize(
+    ("text", "names"),
+    [
+        ("", ["reasoning_content"]),
+        ("messages[0].thinking", ["thinking"]),
+        ("messages[0].reasoning", ["reasoning"]),
+        ("messages[0]['reasoning_content'] or messages[0]['thinking']", ["reasoning_content", "thinking"]),
+        ("enable_thinking and messages[0].reasoning_content", ["reasoning_content"]),
+    ],
+)
+def test_reasoning_goes_by_the_names_that_the_template_reads(text, names):
+    (message,) = shown(text, Message("assistant", "4.", reasoning="2 + 2"))
+    assert message == {"role": "assistant", "content": "4.", **dict.fromkeys(names, "2 + 2")}
+
+
+def test_tools_are_given_as_they_are():
+    text = "{{ tools is none }} {{ tools | tojson }}"
+    assert template(text).render([], False) == "True null"
+    assert template(text).render([], False, TOOLS) == f"False {json.dumps(list(TOOLS), ensure_ascii=False)}"
+
+
+CALLS = "{% for m in messages %}{% for c in m.tool_calls %}{{ c.function.name }}<>{% endfor %}{% endfor %}"
+
+
+@pytest.mark.parametrize(
+    ("writes", "form", "expected"),
+    [
+        ("{{ c.function.arguments | tojson }}", "object", '{"city": "Rom"}'),
+        ("{% for k, v in c.function.arguments | items %}{{ k }}={{ v }}{% endfor %}", "object", "city=Rom"),
+        ("{{ '' + c.function.arguments }}", "string", '{"city":"Rom"}'),
+        ("{{ c.function.arguments }}", "string", '{"city":"Rom"}'),
+        ("{% if c.function.arguments is string %}{{ c.function.arguments }}{% endif %}", "string", '{"city":"Rom"}'),
+        ("", "", ""),
+        ("{{ raise_exception('no calls') }}", "", None),
+    ],
+)
+def test_the_form_of_arguments_is_found(writes, form, expected):
+    chat_template = template(CALLS.replace("<>", writes))
+    assert chat_template.tool_arguments == form
+    if expected is not None:
+        assert chat_template.render([CALLING], False) == f"get{expected}"
+
+
+def test_several_requests_are_the_single_ones(tokenizer):
+    for chat_template in (
+        load_template("qwen3", tokenizer, {}),
+        template("{{ messages | tojson }}{{ tools | tojson }}"),
+    ):
+        for messages, tools in tool_chats():
+            requests = [(messages[:i], prompt) for i in range(1, len(messages)) for prompt in (True, False)]
+            singly = [chat_template.render(*request, tools) for request in requests]
+            assert chat_template.render_each(requests, tools) == singly
+
+
+def test_variables_read(tokenizer):
+    assert load_template("qwen3", tokenizer, {}).variables_read >= {"enable_thinking"}
+    assert "thinking" in load_template("deepseek", tokenizer, {"thinking": True}).variables_read
+    assert load_template("chatml", tokenizer, {}).variables_read == set()
+    text = "{{ bos_token }}{{ a }}{% set b = 1 %}{{ b }}{% for m in messages %}{{ m.c + d }}{% endfor %}"
+    assert template(text + "{{ strftime_now('%Y') }}{{ range(2) }}{{ tools }}", e=1).variables_read == {"a", "d"}
+
+
+def test_with_kwargs_renders_the_same_template_otherwise():
+    base = template("{{ a }}{{ b }}{{ strftime_now('%d') }}", a=1)
+    other = base.with_kwargs({"b": 2, "now": "2026-01-31"})
+    assert other.render([], False) == "1231"
+    assert other.kwargs == {"a": 1, "b": 2, "now": "2026-01-31"}
+    assert not other.reads_clock
+    assert base.render([], False).startswith("1")
+    assert base.reads_clock
+    assert other.text == template("{{ a }}{{ b }}{{ strftime_now('%d') }}", a=1, b=2).text
 
 
 # --- Where a template comes from -------------------------------------------------------------------------------------
@@ -107,6 +510,12 @@ def test_a_file(tokenizer, tmp_path):
     path.write_text("one\ntwo {% if %}")
     with pytest.raises(ConfigError, match=r"mine\.jinja, line 2: "):
         load_template(str(path), tokenizer, {})
+    path.write_bytes(b"caf\xe9")
+    with pytest.raises(ConfigError, match=r"mine\.jinja is not UTF-8"):
+        load_template(str(path), tokenizer, {})
+    path.write_text("one\ntwo {{ messages | nothing }}")
+    with pytest.raises(ConfigError, match=r"mine\.jinja, line 2: No filter named 'nothing'"):
+        load_template(str(path), tokenizer, {}).render([], False)
 
 
 # --- Variables -------------------------------------------------------------------------------------------------------
@@ -136,8 +545,8 @@ def test_the_exported_text_carries_the_kwargs_as_defaults():
         template(text, x={1})
 
 
-def test_tools_and_documents_are_none():
-    assert template("{{ tools is none and documents is none }}").render([], False) == "True"
+def test_documents_are_none():
+    assert template("{{ documents is none }}").render([], False) == "True"
 
 
 def test_absent_special_tokens_are_undefined(tiny_byte_level, tmp_path):
@@ -174,6 +583,7 @@ def test_the_clock():
         ("{{ '<b>' }}", "<b>"),
         ("{% set ns = namespace(n=0) %}{% for i in range(3) %}{% set ns.n = ns.n + i %}{% endfor %}{{ ns.n }}", "3"),
         ("{% macro f(x) %}[{{ x }}{{ bos_token }}]{% endmacro %}{{ f(1) }}", "[1<s>]"),
+        ("{{ dict(a=1) | tojson }}{{ dict.fromkeys('ab', 0) }}", "{\"a\": 1}{'a': 0, 'b': 0}"),
     ],
 )
 def test_jinja_as_transformers_sets_it_up(text, expected):
@@ -190,6 +600,9 @@ def test_jinja_as_transformers_sets_it_up(text, expected):
         "{{ 'a' + 1 }}",
         "{{ ''.__class__.__mro__ }}",
         "{{ messages.append(1) }}",
+        "{{ dict.update(messages[0], role='x') }}",
+        "{% set ns = namespace(_a=1) %}",
+        "{% set ns = namespace() %}{% set ns.__class__ = 1 %}",
         "{{ range(10**9) }}",
     ],
 )
