@@ -1,6 +1,7 @@
 """Every chat template at hand, tried on four conversations: verified, expanded, or refused for a listed reason."""
 
 import ast
+import functools
 import re
 from dataclasses import dataclass, field
 
@@ -89,10 +90,16 @@ def open_renderer(tokenizer, name, text, settings=Settings()):
         template = load_template(name, tokenizer, settings.kwargs)
     else:
         variables = {"bos_token": "", "eos_token": ""} | tokenizer.special_tokens  # some have neither
-        template = ChatTemplate(name, text, variables, {"now": "2026-01-31"} | settings.kwargs)
+        template = compiled(name, text).with_kwargs(variables | settings.kwargs)
     renderer = Renderer(tokenizer, template, RenderOptions(stop_token=settings.stop_token, unknown_tokens="keep"))
     check_reasoning_is_chosen(template, renderer.facts.reasoning)
     return renderer
+
+
+@functools.lru_cache(maxsize=1)
+def compiled(name, text):
+    """One process serves all tokenizers."""
+    return ChatTemplate(name, text, {}, {"now": "2026-01-31"})
 
 
 def tokens_asked_for(folder, name, text, settings=Settings()):

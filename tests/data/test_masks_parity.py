@@ -84,7 +84,7 @@ def test_generation_blocks_are_what_is_trained(assets, tiny_byte_level, tmp_path
 
 
 def assert_same_mask(renderer, theirs, conversation, example, name):
-    messages = [renderer.template.as_dict(message) for message in conversation.messages]
+    messages = [renderer.template._as_dict(message) for message in conversation.messages]
     rendered = theirs.apply_chat_template(
         messages,
         tools=list(conversation.tools) or None,

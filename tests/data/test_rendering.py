@@ -345,7 +345,7 @@ def test_control_tokens_that_the_tokenizer_lacks(tiny_sentencepiece, template, n
         ),
         ("{{ messages[0].content }}</s>", "leaves out the assistant's text"),
         ("</s>{% if messages | length > 1 %}{{ messages[1].content }}</s>{% endif %}", "leaves out the user's text"),
-        ("{{ raise_exception('no') }}", r"does not take roles \[user\]: no"),
+        ("{{ raise_exception('no') }}", r"does not take roles \[user, assistant\]: no"),
     ],
 )
 def test_templates_that_cannot_be_verified(tiny_sentencepiece, text, message):
