@@ -57,7 +57,8 @@ counted under `template` or `template_leaves_out`.
 | refuses the roles | it takes no such message: another template, or take the message out of the rows |
 | no place for tools, for reasoning | it would leave them out unsaid: another template, or take them out of the rows |
 
-Built in with tools: llama3.1, qwen2.5, qwen3, mistral-v3, mistral-v7; with reasoning: qwen3, deepseek.
+Built in with tools: llama3.1, qwen2.5, qwen3, mistral-v3, mistral-v7; with reasoning: qwen3, and deepseek where
+`chat_template_kwargs = dict(thinking=True)`.
 
 `SFT_JAX_ASSETS=... python tests/data/test_template_survey.py` writes this page, and a test holds it to what happens,
 with {tokenizers}, each given the tokens that the template asks for.
