@@ -160,6 +160,21 @@ def test_each_epoch_and_each_seed_has_its_own_order_and_evaluation_has_one(open_
     assert in_order == again == sorted(in_order, key=lambda origin: (origin.split(":")[0], int(origin.split(":")[1])))
 
 
+def test_longest_rows_first_and_a_limit_on_segments(open_data):
+    def costs_of(batch):
+        return [
+            sum(int((row == segment).sum()) ** 2 for segment in range(1, row.max() + 1)) for row in batch.segment_ids
+        ]
+
+    data = open_data(batch_size=4, num_epochs=1, row_order="longest_first")
+    costs = [cost for batch in data.iterate() for cost in sorted(costs_of(batch), reverse=True)]
+    assert costs == sorted(costs, reverse=True)
+    assert set(Counter(origins_of(data)).values()) == {1}
+    single = open_data(batch_size=4, num_epochs=1, max_segments_per_row=1)
+    assert single.report["rows_per_epoch"] == 37 > data.report["rows_per_epoch"]
+    assert max(batch.segment_ids.max() for batch in single.iterate()) == 1
+
+
 def test_contiguous_parts_of_batches_cost_about_the_same(open_data, tmp_path):
     """Attention cost is the sum of length^2: without an order, the half with the longer examples would wait."""
     counts = np.random.default_rng(0).choice([1, 1, 1, 9], 400)
@@ -247,6 +262,8 @@ def test_the_fingerprint_names_what_changed(open_data, sources):
     assert changed(seed=1) == changed(shuffle=False) == {"config.run.seed"}
     assert changed(batch_size=8) == {"config.batch.batch_size"}
     assert changed(packing="none") == {"config.data.packing"}
+    assert changed(row_order="longest_first") == {"config.data.row_order"}
+    assert changed(max_segments_per_row=2) == {"config.data.max_segments_per_row"}
     assert changed(max_seq_len=32) == {"config.data.max_seq_len"}
     assert changed(too_long="drop") == {"config.data.too_long"}
     assert changed(paths=sources[::-1]) == {"config.data.train[0].path", "config.data.train[1].path"}
