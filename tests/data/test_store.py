@@ -173,10 +173,9 @@ def test_a_source_that_changes_while_it_is_read_is_refused(tmp_path):
     path = write(tmp_path, GOOD, GOOD)
 
     class Writer(WordRenderer):
-        def render(self, row):
-            if row.origin.line == 1:
-                path.write_text(f"{GOOD}\n{GOOD}\n{GOOD}\n")
-            return super().render(row)
+        def fingerprint(self):  # taken after the file's hash
+            path.write_text(f"{GOOD}\n{GOOD}\n{GOOD}\n")
+            return super().fingerprint()
 
     with pytest.raises(DataError, match=r"rows\.jsonl: changed while it was read"):
         prepare(tmp_path, path, Writer())
@@ -232,7 +231,8 @@ def test_bad_rows_over_the_limit_stop_with_reasons_lines_and_remedies(tmp_path):
         f"       2 malformed_json: {path}:2: JSON is malformed: invalid character (byte 0). Fix or remove the line.\n"
         f"         also {path}:4\n"
         f"       1 content_not_text: {path}:3: completion is a number; expected a string. Fix the row.\n"
-        f'       1 not_an_object: {path}:5: is a JSON list; expected an object such as {{"messages": [...]}}.\n'
+        f'       1 not_an_object: {path}:5: is a JSON list; expected an object such as {{"messages": [...]}}. '
+        "Let the name of a file that is one array end in .json.\n"
         "Mend the rows, or raise config.data.max_bad_fraction to have them dropped and counted."
     )
 
