@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import IO, Any
 
-from sft_jax.data.json_rows import MAX_DEPTH, MAX_ROW_BYTES, BadRow, TooDeepError, duplicate_key, too_deep, too_large
+from sft_jax.data.json_rows import MAX_DEPTH, MAX_ROW_BYTES, BadRow, TooDeepError, too_deep, too_large
 from sft_jax.data.stored_files import is_url, open_stored
 from sft_jax.datatypes import DataError, Origin, RawRow
 
@@ -156,8 +156,8 @@ def _convert_row(batch: Any, origin: Origin, pyarrow: Any) -> RawRow | BadRow:
     except UnicodeDecodeError as error:
         problem = f"holds text that is not UTF-8: byte 0x{error.object[error.start]:02x}, {error.reason}"
         return BadRow(origin, "not_utf8", f"{problem}. Write the file anew from text in UTF-8.")
-    except KeyError as error:
-        return duplicate_key(origin, str(error.args[0]))
+    except KeyError:
+        return BadRow(origin, "duplicate_key", "has a map with one key twice. Keep one of them.")
     except _conversion_errors(pyarrow) as error:
         return BadRow(origin, "not_json", f"has a value that cannot be read: {error}. Remove the column.")
     return _read_row(fields, origin)

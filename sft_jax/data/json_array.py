@@ -21,14 +21,28 @@ from sft_jax.datatypes import DataError, Origin, RawRow
 _STRING_REST = rb'[^"\\\n]*+(?:\\.[^"\\\n]*+)*+'
 _STRING_END = rb'"(?=[\s,:\]}])'
 _STRING = rb'"' + _STRING_REST + _STRING_END
-# Each passes over what holds no border: inside an element only brackets are one, between elements commas are too. The
-# count of repeats bounds the memory of the match.
-_INSIDE = re.compile(rb'(?:[^"\[\]{}]++|' + _STRING + rb"){0,4096}+", re.DOTALL)
-_BETWEEN = re.compile(rb'(?:[^",\[\]{}]++|' + _STRING + rb"){0,4096}+", re.DOTALL)
+
+
+def _passing(borders: bytes) -> re.Pattern[bytes]:
+    """Passes over all but `borders`, brackets and quotes; and over whatever stands in brackets, to a depth of three.
+
+    The counts of repeats bound the memory of a match: what has more of them is passed in several steps.
+    """
+    plain = rb'[^"\[\]{}' + borders + rb"]++|" + _STRING
+    nested = rb'[^"\[\]{}]++|' + _STRING
+    for _ in range(2):
+        nested = rb'[^"\[\]{}]++|' + _STRING + rb"|[\[{](?:" + nested + rb"){0,4096}+[\]}]"
+    return re.compile(rb"(?:" + plain + rb"|[\[{](?:" + nested + rb"){0,4096}+[\]}]){0,4096}+", re.DOTALL)
+
+
+_INSIDE = _passing(b"")
+_BETWEEN = _passing(b",")
 _IN_STRING = re.compile(_STRING_REST, re.DOTALL)
 _CLOSED = re.compile(_STRING_END)
 _SPACE = re.compile(rb"[ \t\r\n]*+")
 _DROP_BYTES = 256 * 1024
+_MAX_SCAN_DEPTH = 1000
+"""Of brackets to look for the ends of; elements of MAX_DEPTH levels are bad already."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -125,6 +139,8 @@ class _ArrayScanner:
             elif found in b"[{":
                 depth += 1
                 self._at += 1
+                if depth > _MAX_SCAN_DEPTH:
+                    self._refuse(origin.line, f"this element is nested deeper than {_MAX_SCAN_DEPTH:,} levels", "Remove it")
             elif found in b"]}" and depth:
                 depth -= 1
                 self._at += 1

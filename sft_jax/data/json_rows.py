@@ -201,6 +201,12 @@ _HINTS: tuple[tuple[re.Pattern[bytes], str, str], ...] = tuple(
 )
 
 
+_LONE_SURROGATE = re.compile(
+    rb"\\u[dD][89abAB][0-9a-fA-F]{2}(?!\\u[dD][c-fC-F][0-9a-fA-F]{2})"
+    rb"|(?<!\\u[dD][89abAB][0-9a-fA-F]{2})\\u[dD][c-fC-F][0-9a-fA-F]{2}"
+)
+
+
 def _explain(text: bytes, problem: str, origin: Origin) -> BadRow:
     """Why a text is no JSON, in words that say what to do."""
     try:
@@ -217,6 +223,8 @@ def _find_hint(text: bytes, problem: str) -> tuple[str, str]:
         return "holds a NUL byte, as a file that was not written to its end does", "Remove it, or write the file anew"
     if text.startswith(BYTE_ORDER_MARK):
         return "starts with a byte order mark, as where two files were joined", "Remove the mark"
+    if _LONE_SURROGATE.search(text) and ("truncated" in problem or "surrogate" in problem):
+        return "holds half of a surrogate pair, as where a text was cut between two halves", "Remove it, or the row"
     if "truncated" in problem:
         cut = "ends inside a value: the row is cut off, or a string holds a raw newline"
         return cut, "Complete or remove the row, and write a newline in a string as \\n"
