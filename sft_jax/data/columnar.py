@@ -11,12 +11,14 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import IO, Any
 
-from sft_jax.data.json_rows import MAX_DEPTH, MAX_ROW_BYTES, BadRow, TooDeepError, too_deep, too_large
+from sft_jax.data.json_rows import MAX_ROW_BYTES, BadRow, too_large
 from sft_jax.data.stored_files import is_url, open_stored
 from sft_jax.datatypes import DataError, Origin, RawRow
 
 _BATCH_ROWS = 256
 _BLOCK_BYTES = 2**20
+_MAX_SCHEMA_DEPTH = 50
+"""An Arrow stream has at most 64."""
 _STREAM_END = b"\xff\xff\xff\xff\0\0\0\0"
 _ARROW_FILE_START = b"ARROW1"
 
@@ -124,16 +126,18 @@ def _checked(batch: Any) -> Any:
 
 
 def _check_schema(schema: Any, path: str) -> None:
-    """Of two fields with one name, a row would keep one."""
-    structs = [("the file", list(schema))]
+    """Of two fields with one name, a row would keep one; and a chunk cannot carry what is nested too deeply."""
+    structs = [("the file", list(schema), 0)]
     while structs:
-        where, fields = structs.pop()
+        where, fields, depth = structs.pop()
+        if depth > _MAX_SCHEMA_DEPTH:
+            raise DataError(f"{path}: {where} is nested deeper than {_MAX_SCHEMA_DEPTH} levels. Flatten or remove it.")
         name, count = Counter(field.name for field in fields).most_common(1)[0] if fields else ("", 0)
         if count > 1:
             raise DataError(f"{path}: {where} has the field {name!r:.80} twice. Rename or remove one of them.")
         for field in fields:
             children = [field.type.field(index) for index in range(field.type.num_fields)]
-            structs.append((f"the field {field.name!r}", children))
+            structs.append((f"the field {field.name!r:.80}", children, depth + 1))
 
 
 def _to_stream(batch: Any, pyarrow: Any) -> bytes:
@@ -168,12 +172,10 @@ def _read_row(fields: dict[str, Any], origin: Origin) -> RawRow | BadRow:
     for name, value in fields.items():
         if value is not None:
             try:
-                clean[name] = _to_json(value, 2)
+                clean[name] = _to_json(value)
             except _NotJsonError as error:
                 problem = f"the column {name!r:.80} holds {error}, which JSON has no form for"
                 return BadRow(origin, "not_json", f"{problem}. Remove the column, or store it as text.")
-            except TooDeepError:
-                return too_deep(origin)
     return RawRow(clean, origin)
 
 
@@ -181,7 +183,7 @@ class _NotJsonError(Exception):
     """What a value is instead."""
 
 
-def _to_json(value: Any, depth: int) -> Any:
+def _to_json(value: Any) -> Any:
     kind = type(value)
     if kind is str or kind is int or kind is bool or value is None:
         return value
@@ -191,11 +193,9 @@ def _to_json(value: Any, depth: int) -> Any:
         raise _NotJsonError(str(value))
     if kind is not dict and kind is not list:
         raise _NotJsonError(f"a {kind.__name__}")
-    if depth > MAX_DEPTH:
-        raise TooDeepError
     if kind is list:
-        return [_to_json(child, depth + 1) for child in value]
+        return [_to_json(child) for child in value]
     for key in value:
         if type(key) is not str:
             raise _NotJsonError(f"a map with keys of type {type(key).__name__}")
-    return {key: _to_json(child, depth + 1) for key, child in value.items() if child is not None}
+    return {key: _to_json(child) for key, child in value.items() if child is not None}
