@@ -9,14 +9,14 @@ import math
 from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import IO, Any
+from typing import Any
 
 from sft_jax.data.json_rows import MAX_ROW_BYTES, BadRow, too_large
-from sft_jax.data.stored_files import is_url, open_stored
+from sft_jax.data.stored_files import is_url, open_stored, read_stored
 from sft_jax.datatypes import DataError, Origin, RawRow
 
 _BATCH_ROWS = 256
-_BLOCK_BYTES = 2**20
+_CHUNK_BYTES = 2**20
 _MAX_SCHEMA_DEPTH = 50
 """An Arrow stream has at most 64."""
 _STREAM_END = b"\xff\xff\xff\xff\0\0\0\0"
@@ -50,7 +50,7 @@ class ColumnChunk:
 
 
 def read_columns(
-    path: str, on_bytes: Callable[[bytes], object] | None = None, chunk_bytes: int = _BLOCK_BYTES
+    path: str, on_bytes: Callable[[bytes], object] | None = None, chunk_bytes: int = _CHUNK_BYTES
 ) -> Iterator[ColumnChunk]:
     """Cut a file into chunks of about `chunk_bytes`; `on_bytes` is given the whole file first.
 
@@ -61,7 +61,7 @@ def read_columns(
     first_row = 1
     with open_stored(path) as file:
         if on_bytes is not None:
-            while block := file.read(_BLOCK_BYTES):
+            for block in read_stored(file, path):
                 on_bytes(block)
             file.seek(0)
         kind = "Parquet" if path.lower().endswith(".parquet") else "Arrow"
@@ -88,7 +88,7 @@ def _import_pyarrow(path: str) -> Any:
     return pyarrow
 
 
-def _read_parquet(file: IO[bytes], path: str) -> Iterator[Any]:
+def _read_parquet(file: Any, path: str) -> Iterator[Any]:
     import pyarrow.parquet
 
     with pyarrow.parquet.ParquetFile(file) as parquet:
@@ -96,7 +96,7 @@ def _read_parquet(file: IO[bytes], path: str) -> Iterator[Any]:
         yield from parquet.iter_batches(_BATCH_ROWS, use_threads=False)
 
 
-def _read_arrow(file: IO[bytes], path: str, pyarrow: Any) -> Iterator[Any]:
+def _read_arrow(file: Any, path: str, pyarrow: Any) -> Iterator[Any]:
     """Both of Arrow's layouts: the file, and the stream that `datasets` writes. Mapped where that is possible."""
     start = file.read(len(_ARROW_FILE_START))
     is_file = start == _ARROW_FILE_START
@@ -106,7 +106,7 @@ def _read_arrow(file: IO[bytes], path: str, pyarrow: Any) -> Iterator[Any]:
         if file.read() != _STREAM_END:  # a reader takes a stream that is cut between two batches for a whole one
             raise DataError(f"{path}: is not whole Arrow data: its end is missing. Fetch or write the file anew.")
     file.seek(0)
-    source = pyarrow.PythonFile(file) if is_url(path) else pyarrow.memory_map(path)
+    source = pyarrow.PythonFile(file, mode="r") if is_url(path) else pyarrow.memory_map(path)
     with source:
         if is_file:
             with pyarrow.ipc.open_file(source) as reader:

@@ -61,8 +61,8 @@ class BadChunk:
 
 def split_lines(blocks: Iterable[bytes], path: str, chunk_bytes: int) -> Iterator[LineChunk | BadChunk]:
     """Cut a text into chunks of about `chunk_bytes` at the ends of lines; the longest line bounds the memory."""
-    first_line, parts, num_bytes = 1, [], 0  # of the chunk to come
-    line_bytes = 0  # of its last line, which has no end yet
+    first_line, parts, num_bytes = 1, [], 0  # of what is held
+    line_bytes = 0  # of the last line held, which has no end yet
     is_skipping = False  # the rest of a line that is too long
     for block in blocks:
         if is_skipping:
@@ -71,24 +71,30 @@ def split_lines(blocks: Iterable[bytes], path: str, chunk_bytes: int) -> Iterato
                 continue
             block, is_skipping, first_line = block[end:], False, first_line + 1
         end = block.rfind(b"\n") + 1
-        if end and num_bytes + end >= chunk_bytes:
-            text = b"".join([*parts, block[:end]])
-            yield LineChunk(path, first_line, text)
-            first_line += text.count(b"\n")
-            block, parts, num_bytes, line_bytes = block[end:], [], 0, 0
-            end = 0
         parts.append(block)
         num_bytes += len(block)
         line_bytes = len(block) - end if end else line_bytes + len(block)
-        if line_bytes > MAX_ROW_BYTES:
-            text = b"".join(parts)[: num_bytes - line_bytes]
-            if text:
-                yield LineChunk(path, first_line, text)
-            first_line += text.count(b"\n")
+        is_too_long = line_bytes > MAX_ROW_BYTES
+        if is_too_long or num_bytes - line_bytes >= chunk_bytes:
+            held = b"".join(parts)
+            lines = held[: num_bytes - line_bytes]
+            yield from _cut_lines(lines, path, first_line, chunk_bytes)
+            first_line += lines.count(b"\n")
+            parts, num_bytes = [held[num_bytes - line_bytes :]], line_bytes
+        if is_too_long:
             yield BadChunk(too_large(Origin(path, first_line)))
             parts, num_bytes, line_bytes, is_skipping = [], 0, 0, True
-    if num_bytes:
-        yield LineChunk(path, first_line, b"".join(parts))
+    yield from _cut_lines(b"".join(parts), path, first_line, chunk_bytes)
+
+
+def _cut_lines(lines: bytes, path: str, first_line: int, chunk_bytes: int) -> Iterator[LineChunk]:
+    """A block of a compressed file may be many chunks large."""
+    start = 0
+    while start < len(lines):
+        end = lines.find(b"\n", start + chunk_bytes - 1) + 1 or len(lines)
+        yield LineChunk(path, first_line, lines[start:end])
+        first_line += lines.count(b"\n", start, end)
+        start = end
 
 
 def read_row(text: bytes, origin: Origin) -> RawRow | BadRow:

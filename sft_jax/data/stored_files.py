@@ -9,7 +9,7 @@ import os
 import zlib
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
-from typing import IO, Any, NoReturn
+from typing import Any, NoReturn
 
 import zstandard
 
@@ -62,23 +62,40 @@ def open_filesystem(url: str) -> tuple[Any, str]:
     return fsspec.core.url_to_fs(url)
 
 
-@contextmanager
-def open_stored(path: str) -> Iterator[IO[bytes]]:
-    """The file as it is stored, seekable.
+def open_stored(path: str) -> Any:
+    """The file as it is stored: binary, seekable, to be closed.
 
     Raises:
-      DataError: it cannot be opened, or read.
+      DataError: it cannot be opened.
     """
-    try:
+    with _readable(path):
         if is_url(path):
             filesystem, inner = open_filesystem(path)
-            with filesystem.open(inner, "rb") as file:
-                yield file
-        else:
-            with open(path, "rb") as file:
-                yield file
-    except DataError:
-        raise
+            return filesystem.open(inner, "rb")
+        return open(path, "rb")
+
+
+def read_stored(file: Any, path: str, on_bytes: Callable[[bytes], object] | None = None) -> Iterator[bytes]:
+    """The rest of a file in blocks, each of which `on_bytes` is given first.
+
+    Raises:
+      DataError: it cannot be read.
+    """
+    while True:
+        with _readable(path):
+            block = file.read(_BLOCK_BYTES)
+        if not block:
+            return
+        if on_bytes is not None:
+            on_bytes(block)
+        yield block
+
+
+@contextmanager
+def _readable(path: str) -> Iterator[None]:
+    """Errors of one operation on a file, as a user can mend them."""
+    try:
+        yield
     except OSError as error:
         why = error.strerror or str(error) or type(error).__name__
         raise DataError(f"{path}: cannot be read: {why}. Check the path and its permissions.") from error
@@ -86,7 +103,7 @@ def open_stored(path: str) -> Iterator[IO[bytes]]:
         if not is_url(path):
             raise
         # Each store's client has its own errors, for credentials and timeouts above all.
-        raise DataError(f"{path}: cannot be read: {error or type(error).__name__}. Check the URL and access.") from error
+        raise DataError(f"{path}: cannot be read: {error!r}. Check the URL and your access to it.") from error
 
 
 def hash_file(path: str) -> str:
@@ -96,8 +113,9 @@ def hash_file(path: str) -> str:
       DataError: the file cannot be opened or read.
     """
     digest = hashlib.sha256()
-    for block in _read_stored(path, digest.update):
-        del block
+    with open_stored(path) as file:
+        for block in read_stored(file, path):
+            digest.update(block)
     return digest.hexdigest()
 
 
@@ -110,21 +128,14 @@ def read_text(path: str, on_bytes: Callable[[bytes], object] | None = None) -> I
     Raises:
       DataError: the file cannot be read, is cut off or damaged, or is no text of the kind that its name says.
     """
-    blocks = _read_stored(path, on_bytes)
-    ending = os.path.splitext(path.lower())[1]
-    if ending == ".gz":
-        blocks = _decompress_gzip(blocks, path)
-    elif ending == ".zst":
-        blocks = _decompress_zstd(blocks, path)
-    return _check_start(blocks, path)
-
-
-def _read_stored(path: str, on_bytes: Callable[[bytes], object] | None) -> Iterator[bytes]:
     with open_stored(path) as file:
-        while block := file.read(_BLOCK_BYTES):
-            if on_bytes is not None:
-                on_bytes(block)
-            yield block
+        blocks = read_stored(file, path, on_bytes)
+        ending = os.path.splitext(path.lower())[1]
+        if ending == ".gz":
+            blocks = _decompress_gzip(blocks, path)
+        elif ending == ".zst":
+            blocks = _decompress_zstd(blocks, path)
+        yield from _check_start(blocks, path)
 
 
 def _decompress_gzip(blocks: Iterable[bytes], path: str) -> Iterator[bytes]:

@@ -110,7 +110,7 @@ def test_a_row_that_is_too_large_leaves_the_others(tmp_path):
 def test_deep_nesting(tmp_path):
     value = "x"
     for _ in range(70):
-        value = [value]
+        value = {"a": value}
     path = write(tmp_path / "rows.parquet", pyarrow.table({"text": [value]}), "parquet")
     with pytest.raises(DataError, match=r"rows\.parquet: the field '.*' is nested deeper than 50 levels"):
         list(read_rows(path))
