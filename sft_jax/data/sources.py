@@ -1,143 +1,88 @@
 """A file in, one `RawRow` or `BadRow` per row out, in file order and in bounded memory.
 
-JSON is read strictly: what two readers could understand differently (a key given twice, NaN, half of a surrogate pair,
-bytes that are not UTF-8) is a bad row, never a guess.
+    .jsonl .ndjson    one JSON object on each line
+    .json             an array of objects; or JSON lines, as many files of that name hold
+    .parquet          a row of its columns                     needs pyarrow
+    .arrow            the same, as `datasets` keeps it         needs pyarrow
+
+and the text ones with .gz or .zst behind. A parent process cuts a file into chunks with `read_chunks`, which costs next
+to nothing; whoever has a chunk, in any process, parses it with `rows`.
 """
 
-import glob
-import hashlib
-import json
-import os
+import itertools
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
-from typing import Any
 
 import msgspec
 
-from sft_jax.datatypes import DataError, Origin, RawRow
+from sft_jax.data.columnar import ColumnChunk, read_columns
+from sft_jax.data.json_array import ElementChunk, split_array
+from sft_jax.data.json_rows import BYTE_ORDER_MARK, BadChunk, BadRow, LineChunk, split_lines
+from sft_jax.data.source_files import file_kind, resolve_files
+from sft_jax.data.stored_files import hash_file, read_text
+from sft_jax.datatypes import DataError, RawRow
 
-_BYTE_ORDER_MARK = b"\xef\xbb\xbf"
+__all__ = ["BadRow", "RowChunk", "hash_file", "read_chunks", "read_rows", "resolve_files"]
 
+RowChunk = LineChunk | ElementChunk | ColumnChunk | BadChunk
+"""Some rows of a file, unread: `chunk.rows()` reads them. Small to pickle."""
 
-@dataclass(frozen=True, slots=True)
-class BadRow:
-    """A row that cannot be read. `reason` is its line in the data report; `message` says what is wrong, what to do."""
-
-    origin: Origin
-    reason: str
-    message: str
-
-
-@dataclass(frozen=True, slots=True)
-class RowChunk:
-    """Whole lines of a file, unparsed: cheap to make and to send to another process."""
-
-    path: str
-    first_line: int
-    content: bytes
-
-    def rows(self) -> Iterator[RawRow | BadRow]:
-        for number, line in enumerate(self.content.split(b"\n"), start=self.first_line):
-            if number == 1:
-                line = line.removeprefix(_BYTE_ORDER_MARK)
-            if line.strip(b" \t\r"):
-                yield _read_line(line, Origin(self.path, number))
+_CHUNK_BYTES = 2**20
 
 
-def resolve_files(path: str, field: str) -> list[str]:
-    """The files that a source's path names, sorted; `field` is the config field that names it.
+def read_rows(file: str, on_bytes: Callable[[bytes], object] | None = None) -> Iterator[RawRow | BadRow]:
+    """Read a file of `resolve_files`, row after row.
 
-    Raises:
-      DataError: there is none.
-    """
-    if os.path.isdir(path):
-        files = sorted(glob.glob(os.path.join(glob.escape(path), "*.jsonl")))
-        if not files:
-            raise DataError(f"{field}: {path!r} has no .jsonl file.")
-        return files
-    if not os.path.isfile(path):
-        raise DataError(f"{field}: {path!r} is not there. Name a .jsonl file.")
-    if not path.endswith(".jsonl"):
-        raise DataError(f"{field}: {path!r} does not end in .jsonl, the one format read so far. Convert or rename it.")
-    return [path]
-
-
-def read_rows(path: str, on_bytes: Callable[[bytes], object] | None = None) -> Iterator[RawRow | BadRow]:
-    """Read JSON lines.
-
-    A line ends at \\n or \\r\\n and nowhere else (U+2028 may stand in a string). Skipped are blank lines, and a byte
-    order mark at the start of the file.
+    Skipped are blank lines, and a byte order mark at the start of the file.
 
     Args:
-      on_bytes: is given every byte read, such as a digest's `update`: the caller then knows what the rows came from.
+      on_bytes: is given every byte as it is stored, such as a digest's `update`: the caller then knows what the rows
+        came from.
 
     Raises:
-      DataError: the file cannot be opened or read.
+      DataError: the file cannot be read, is damaged or cut off, or its rows cannot be told apart.
     """
-    for chunk in read_chunks(path, on_bytes):
+    for chunk in read_chunks(file, on_bytes):
         yield from chunk.rows()
 
 
 def read_chunks(
-    path: str, on_bytes: Callable[[bytes], object] | None = None, chunk_bytes: int = 1 << 20
+    file: str, on_bytes: Callable[[bytes], object] | None = None, chunk_bytes: int = _CHUNK_BYTES
 ) -> Iterator[RowChunk]:
-    """The file's lines in chunks of about `chunk_bytes`; `read_rows` explains the rest."""
-    try:
-        with open(path, "rb") as file:
-            first_line = 1
-            while content := file.read(chunk_bytes):
-                content += file.readline()
-                if on_bytes is not None:
-                    on_bytes(content)
-                yield RowChunk(path, first_line, content)
-                first_line += content.count(b"\n")
-    except OSError as error:
-        raise DataError(f"{path}: cannot be read: {error.strerror}. Check the path and its permissions.") from error
+    """Cut a file into chunks of about `chunk_bytes` of rows, in order; see `read_rows`."""
+    kind = file_kind(file)
+    if kind == "columns":
+        yield from read_columns(file, on_bytes, chunk_bytes)
+        return
+    blocks = read_text(file, on_bytes)
+    if kind == "json":
+        is_array, blocks = _look_at_json(blocks, file)
+        if is_array:
+            yield from split_array(blocks, file, chunk_bytes)
+            return
+    yield from split_lines(blocks, file, chunk_bytes)
 
 
-def hash_file(path: str) -> str:
-    """sha256 of the content, hex.
+def _look_at_json(blocks: Iterator[bytes], path: str) -> tuple[bool, Iterator[bytes]]:
+    """Whether a .json file is an array, and the blocks again.
 
     Raises:
-      DataError: the file cannot be opened or read.
+      DataError: it is one object over several lines.
     """
-    try:
-        with open(path, "rb") as file:
-            return hashlib.file_digest(file, "sha256").hexdigest()
-    except OSError as error:
-        raise DataError(f"{path}: cannot be read: {error.strerror}. Check the path and its permissions.") from error
-
-
-def _read_line(line: bytes, origin: Origin) -> RawRow | BadRow:
-    try:
-        value = msgspec.json.decode(line)
-        _refuse_duplicate_keys(line)
-    except UnicodeDecodeError as error:
-        found = error.object[error.start : error.start + 1].hex()
-        return BadRow(origin, "not_utf8", f"is not UTF-8: byte 0x{found}, {error.reason}. Convert the file to UTF-8.")
-    except _DuplicateKeyError as error:
-        return BadRow(origin, "duplicate_key", f"has the key {str(error)!r} twice in one object. Keep one of them.")
-    except (msgspec.DecodeError, RecursionError) as error:
-        message = "JSON is nested too deeply" if isinstance(error, RecursionError) else str(error)
-        return BadRow(origin, "malformed_json", f"{message}. Fix or remove the line.")
-    if not isinstance(value, dict):
-        kind = "null" if value is None else type(value).__name__
-        return BadRow(origin, "not_an_object", f'is a JSON {kind}; expected an object such as {{"messages": [...]}}.')
-    return RawRow(value, origin)
-
-
-class _DuplicateKeyError(Exception):
-    """The key that an object has twice."""
-
-
-def _refuse_duplicate_keys(line: bytes) -> None:
-    """Look for equal keys, of which msgspec keeps the last: a second parse, at a few per cent of the tokenizing."""
-    json.loads(line, object_pairs_hook=_check_keys, parse_int=str, parse_float=str)  # str: only the keys matter
-
-
-def _check_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    keys = dict(pairs)
-    if len(keys) < len(pairs):
-        names = [key for key, _ in pairs]
-        raise _DuplicateKeyError(next(key for key in names if names.count(key) > 1))
-    return keys
+    seen = []
+    start = b""
+    for block in blocks:
+        seen.append(block)
+        start = block.removeprefix(BYTE_ORDER_MARK).lstrip()
+        if start:
+            break
+    first, _, rest = start.partition(b"\n")
+    if start.startswith(b"{") and rest.strip() and not rest.lstrip().startswith(b"{"):
+        try:
+            msgspec.json.decode(first)
+        except RecursionError:
+            pass
+        except (msgspec.DecodeError, UnicodeDecodeError) as error:
+            if "truncated" in str(error):
+                problem = "is one JSON object over several lines; expected an array of objects, or one on each line"
+                raise DataError(f"{path}:1: {problem}. Put its rows into an array: [...].") from error
+    return start.startswith(b"["), itertools.chain(seen, blocks)

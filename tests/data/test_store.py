@@ -332,7 +332,8 @@ def test_bad_rows_over_the_limit_stop_with_reasons_lines_and_remedies(tmp_path):
         f"       2 malformed_json: {path}:2: JSON is malformed: invalid character (byte 0). Fix or remove the line.\n"
         f"         also {path}:4\n"
         f"       1 content_not_text: {path}:3: completion is a number; expected a string. Fix the row.\n"
-        f'       1 not_an_object: {path}:5: is a JSON list; expected an object such as {{"messages": [...]}}.\n'
+        f'       1 not_an_object: {path}:5: is a JSON list; expected an object such as {{"messages": [...]}}. '
+        "Let the name of a file that is one array end in .json.\n"
         "Mend the rows, or raise config.data.max_bad_fraction to have them dropped and counted."
     )
 

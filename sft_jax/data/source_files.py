@@ -1,0 +1,225 @@
+"""What a config names as a source in, the files to read out: sorted, each once, each of a kind that can be read."""
+
+import difflib
+import glob
+import json
+import logging
+import os
+import posixpath
+from collections.abc import Iterable
+from typing import Any
+
+from sft_jax.data.stored_files import is_url, open_filesystem
+from sft_jax.datatypes import DataError
+
+logger = logging.getLogger(__name__)
+
+_COMPRESSIONS = ("", ".gz", ".zst")
+_ENDINGS: dict[str, str] = {
+    **{f".{name}{compression}": "lines" for name in ("jsonl", "ndjson") for compression in _COMPRESSIONS},
+    **{f".json{compression}": "json" for compression in _COMPRESSIONS},
+    ".parquet": "columns",
+    ".arrow": "columns",
+}
+_EXPECTED = ".jsonl, .ndjson or .json (also with .gz or .zst), .parquet or .arrow"
+# What `datasets` writes beside its tables.
+_STATE, _INFO, _SPLITS = "state.json", "dataset_info.json", "dataset_dict.json"
+_NOT_ROWS = frozenset({_STATE, _INFO, _SPLITS, "dataset_infos.json"})
+
+
+def file_kind(path: str) -> str:
+    """How a file is read, by its ending: `lines`, `json` or `columns`; empty where it cannot be."""
+    lowered = path.lower()
+    return next((kind for ending, kind in _ENDINGS.items() if lowered.endswith(ending)), "")
+
+
+def resolve_files(path: str, field: str) -> list[str]:
+    """The files of a source, sorted.
+
+    Args:
+      path: a file; a folder, of which every readable file is taken, at any depth; a folder written by `save_to_disk` of
+        `datasets`; a pattern with *, ?, [] or **; or a URL of one of those.
+      field: the config field that names it, for errors.
+
+    Raises:
+      DataError: there is no such thing, or nothing in it can be read.
+    """
+    place: _Disk | _Remote = _Remote(path, field) if is_url(path) else _Disk()
+    try:
+        return _resolve(place, os.path.expanduser(path) if isinstance(place, _Disk) else path, field)
+    except DataError:
+        raise
+    except OSError as error:
+        why = error.strerror or str(error) or type(error).__name__
+        raise DataError(f"{field}: {path!r} cannot be read: {why}. Check the path and its permissions.") from error
+    except Exception as error:
+        if isinstance(place, _Disk):
+            raise
+        # Each store's client has its own errors, for credentials and timeouts above all.
+        raise DataError(f"{field}: {path!r} cannot be read: {error}. Check the URL and your access to it.") from error
+
+
+def _resolve(place: "_Disk | _Remote", path: str, field: str) -> list[str]:
+    if place.is_file(path):
+        if not file_kind(path):
+            raise DataError(f"{field}: {path!r} has an unknown ending; expected {_EXPECTED}. Convert or rename it.")
+        return [path]
+    if place.is_folder(path):
+        found, kind = place.walk(path), "folder"
+    elif glob.has_magic(path):
+        found, kind = [], "pattern"
+        for match in place.match(path):
+            found.extend(place.walk(match) if place.is_folder(match) else [match])
+        if not found:
+            raise DataError(f"{field}: {path!r} matches nothing. {_near_matches(place, path)}")
+    else:
+        raise DataError(f"{field}: {path!r} is not there. {_near_matches(place, path)}")
+    files = _choose(place, sorted(set(found)), field)
+    if not files:
+        endings = sorted({os.path.splitext(name)[1] or os.path.basename(name) for name in found})
+        what = f"holds only {', '.join(endings[:5])}" if endings else "is empty"
+        raise DataError(f"{field}: the {kind} {path!r} {what}; expected files that end in {_EXPECTED}. Name another.")
+    return files
+
+
+def _choose(place: "_Disk | _Remote", found: list[str], field: str) -> list[str]:
+    """The files to read of those found: not what `datasets` notes beside its tables, and not what cannot be read."""
+    by_folder: dict[str, list[str]] = {}
+    for path in found:
+        by_folder.setdefault(posixpath.dirname(path), []).append(path)
+    files, skipped = [], []
+    for folder, paths in by_folder.items():
+        names = {posixpath.basename(path): path for path in paths}
+        if _SPLITS in names:
+            splits = ", ".join(place.read_json(names[_SPLITS]).get("splits", []))
+            raise DataError(f"{field}: {folder!r} holds the splits {splits}. Name the folder of one of them.")
+        if _STATE in names and _INFO in names:
+            files += _read_state(place, folder, names, field)
+            continue
+        has_tables = any(name.lower().endswith((".arrow", ".parquet")) for name in names)
+        for name, path in names.items():
+            if has_tables and name in _NOT_ROWS:
+                continue
+            (files if file_kind(name) else skipped).append(path)
+    _refuse_twice(files, field)
+    if files and skipped:
+        logger.info("%s: %d files of other kinds are not read, such as %s", field, len(skipped), skipped[0])
+    return sorted(files)
+
+
+def _read_state(place: "_Disk | _Remote", folder: str, names: dict[str, str], field: str) -> list[str]:
+    """The tables of a folder by `save_to_disk`, in their order."""
+    state = place.read_json(names[_STATE])
+    if state.get("_indices_files") or state.get("_indices_data_files"):
+        raise DataError(
+            f"{field}: {folder!r} is a selection of its tables' rows, which is not read. Save it with "
+            "flatten_indices().save_to_disk()."
+        )
+    tables = [entry["filename"] for entry in state.get("_data_files", [])]
+    missing = [name for name in tables if name not in names]
+    if missing:
+        raise DataError(f"{field}: {folder!r} has no {missing[0]}, which its {_STATE} names. Copy the folder anew.")
+    return [names[name] for name in tables]
+
+
+def _refuse_twice(files: Iterable[str], field: str) -> None:
+    """The same rows under two names would be trained on twice."""
+    seen: dict[str, str] = {}
+    for path in files:
+        plain = path.lower().removesuffix(".gz").removesuffix(".zst")
+        if plain in seen:
+            raise DataError(
+                f"{field}: both {seen[plain]!r} and {path!r} are there, which look like the same rows. Remove one, or "
+                "name the files with a pattern."
+            )
+        seen[plain] = path
+
+
+def _near_matches(place: "_Disk | _Remote", path: str) -> str:
+    """What is there instead of a path: names like it in the deepest folder of it that exists."""
+    folder, name = posixpath.split(path.rstrip("/"))
+    while "/" in folder.rpartition("://")[2].strip("/") and (glob.has_magic(folder) or not place.is_folder(folder)):
+        folder, name = posixpath.split(folder)
+    if not place.is_folder(folder or "."):
+        return "Check the path."
+    names = sorted(place.names(folder or "."))
+    near = difflib.get_close_matches(name, names, n=3) or [other for other in names if file_kind(other)][:3]
+    missing = f"{posixpath.join(folder, name)!r} is the first part of it that is missing. "
+    found = f"Near it: {', '.join(near)}. " if near else ""
+    return f"{'' if posixpath.join(folder, name) == path.rstrip('/') else missing}{found}Check the path."
+
+
+class _Disk:
+    """The local file system."""
+
+    is_file = staticmethod(os.path.isfile)
+    is_folder = staticmethod(os.path.isdir)
+
+    @staticmethod
+    def walk(folder: str) -> list[str]:
+        """Every file at any depth, without hidden ones."""
+        found = []
+        for parent, folders, names in os.walk(folder, onerror=_raise):
+            folders[:] = [name for name in folders if not name.startswith(".")]
+            found += [os.path.join(parent, name) for name in names if not name.startswith(".")]
+        return found
+
+    @staticmethod
+    def match(pattern: str) -> list[str]:
+        return glob.glob(pattern, recursive=True)
+
+    @staticmethod
+    def names(folder: str) -> list[str]:
+        return os.listdir(folder)
+
+    @staticmethod
+    def read_json(path: str) -> dict[str, Any]:
+        with open(path, "rb") as file:
+            return _parse_object(file.read(), path)
+
+
+class _Remote:
+    """A file system behind a URL, through fsspec."""
+
+    def __init__(self, url: str, field: str):
+        try:
+            self._filesystem, _ = open_filesystem(url)
+        except ImportError as error:
+            raise DataError(f"{field}: {url!r} needs a package that is not installed: {error}.") from error
+        except ValueError as error:
+            raise DataError(f"{field}: {url!r} cannot be opened: {error}. Check the URL.") from error
+
+    def is_file(self, url: str) -> bool:
+        return self._filesystem.isfile(url)
+
+    def is_folder(self, url: str) -> bool:
+        return self._filesystem.isdir(url)
+
+    def walk(self, url: str) -> list[str]:
+        root = self._filesystem._strip_protocol(url).rstrip("/")
+        found = [path for path in self._filesystem.find(root) if "/." not in path[len(root) :]]
+        return [self._filesystem.unstrip_protocol(path) for path in found]
+
+    def match(self, url: str) -> list[str]:
+        found = [path for path in self._filesystem.glob(url) if not posixpath.basename(path).startswith(".")]
+        return [self._filesystem.unstrip_protocol(path) for path in found]
+
+    def names(self, url: str) -> list[str]:
+        return [posixpath.basename(path.rstrip("/")) for path in self._filesystem.ls(url, detail=False)]
+
+    def read_json(self, url: str) -> dict[str, Any]:
+        return _parse_object(self._filesystem.cat_file(url), url)
+
+
+def _parse_object(text: bytes, path: str) -> dict[str, Any]:
+    try:
+        value = json.loads(text)
+    except ValueError as error:
+        raise DataError(f"{path}: is not JSON: {error}. Write the data set anew.") from error
+    if not isinstance(value, dict):
+        raise DataError(f"{path}: is no JSON object. Write the data set anew.")
+    return value
+
+
+def _raise(error: OSError) -> None:
+    raise error
