@@ -25,6 +25,9 @@ REASONS: dict[str, Reason] = {
     "not_utf8": Reason("is not UTF-8", "Convert the file to UTF-8"),
     "duplicate_key": Reason("has a key twice in one object", "Keep one of them"),
     "not_an_object": Reason("is JSON, but no object", _FIX),
+    "nested_too_deep": Reason("is nested deeper than 100 levels", "Flatten or remove the row"),
+    "row_too_large": Reason("is larger than a row may be", "Shorten or remove the row"),
+    "not_json": Reason("has a column whose values JSON cannot hold", "Convert the column, or leave it out"),
     # A row's fields.
     "wrong_format": Reason(
         "has not the fields of its source's format, or of any", "Fix the row, or move it to a source of its own format"

@@ -16,9 +16,9 @@ from sft_jax.data.conversations import detect_format, parse_row
 from sft_jax.data.errors import RowError
 from sft_jax.data.preview import preview_tokens, weights_of
 from sft_jax.data.rendering import Renderer, open_renderer
-from sft_jax.data.sources import read_rows
+from sft_jax.data.sources import BadRow, read_rows, resolve_files
 from sft_jax.data.tokenizer import Tokenizer
-from sft_jax.datatypes import ConfigError, DataError, RawRow, TokenizedExample
+from sft_jax.datatypes import ConfigError, DataError, TokenizedExample
 
 
 def main(args: list[str]) -> int:
@@ -32,6 +32,7 @@ def main(args: list[str]) -> int:
     parser.add_argument("--tokenizer", required=True, metavar="PATH", help="as config.data.tokenizer: folder or file")
     parser.add_argument("--input", required=True, metavar="FILE", help="rows to train on")
     parser.add_argument("--format", default="auto", help="as a source's format (default auto: that of the first row)")
+    parser.add_argument("--fields", default="{}", metavar="JSON", help="as a source's fields: our name -> the row's")
     parser.add_argument("--template", default="", metavar="NAME|FILE", help="as config.data.chat_template")
     parser.add_argument("--template-kwargs", default="{}", metavar="JSON", help="as config.data.chat_template_kwargs")
     parser.add_argument("--new-tokens", default="", metavar="A,B", help="as config.data.new_tokens")
@@ -54,13 +55,9 @@ def main(args: list[str]) -> int:
 
 def data_config(options: argparse.Namespace) -> DataConfig:
     """The options through the door that a config's fields come through, so that they are checked alike."""
-    try:
-        kwargs = json.loads(options.template_kwargs)
-    except json.JSONDecodeError as error:
-        text = options.template_kwargs
-        raise ConfigError(f'--template-kwargs: {text} is not JSON: {error}. Write {{"name": value}}.') from error
+    kwargs, fields = (read_json(options, name) for name in ("template_kwargs", "fields"))
     data = {
-        "train": [{"path": options.input, "format": options.format}],
+        "train": [{"path": options.input, "format": options.format, "fields": fields}],
         "tokenizer": options.tokenizer,
         "chat_template": options.template,
         "chat_template_kwargs": kwargs,
@@ -70,21 +67,31 @@ def data_config(options: argparse.Namespace) -> DataConfig:
     return from_config_dict({"data": data, "model": {"path": options.tokenizer}}).data
 
 
+def read_json(options: argparse.Namespace, name: str) -> Any:
+    text = getattr(options, name)
+    try:
+        return json.loads(text)
+    except json.JSONDecodeError as error:
+        option = "--" + name.replace("_", "-")
+        raise ConfigError(f'{option}: {text} is not JSON: {error}. Write {{"name": value}}.') from error
+
+
 def render_rows(source: SourceConfig, renderer: Renderer) -> Iterator[list[TokenizedExample] | RowError]:
-    """The examples of each row, or why it has none. The format that the first row shows is every row's."""
-    format = source.format
-    for row in read_rows(source.path):
-        try:
-            if not isinstance(row, RawRow):
-                raise RowError(row.reason, row.origin, row.message)
-            if format == "auto":
-                format = detect_format(row)
-            examples = renderer.render(parse_row(row, format))
-            if not all(example.loss_weights.any() for example in examples):  # as a run would refuse it
-                raise RowError("nothing_supervised", row.origin, "has no token to train on. Remove the row.")
-            yield examples
-        except RowError as error:
-            yield error
+    """The examples of each row, or why it has none. The format that a file's first row shows is its every row's."""
+    for file in resolve_files(source.path, "--input"):
+        format = source.format
+        for row in read_rows(file):
+            try:
+                if isinstance(row, BadRow):
+                    raise RowError(row.reason, row.origin, row.message)
+                if format == "auto":
+                    format = detect_format(row, source.fields)
+                examples = renderer.render(parse_row(row, format, field_map=source.fields))
+                if not all(example.loss_weights.any() for example in examples):  # as a run would refuse it
+                    raise RowError("nothing_supervised", row.origin, "has no token to train on. Remove the row.")
+                yield examples
+            except RowError as error:
+                yield error
 
 
 def result_to_json(result: list[TokenizedExample] | RowError, tokenizer: Tokenizer) -> dict[str, Any]:

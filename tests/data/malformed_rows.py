@@ -231,4 +231,5 @@ MALFORMED = {
     "conversation_tree": [row(message_tree_id=SECRET, prompt={"text": SECRET, "replies": []})],
 }
 OF_OTHER_ROOMS = {"template_leaves_out", "malformed_json", "not_utf8", "duplicate_key", "not_an_object"}
+OF_OTHER_ROOMS |= {"nested_too_deep", "row_too_large", "not_json"}
 OF_OTHER_ROOMS |= {"template", "unknown_token", "too_long", "nothing_supervised"}
