@@ -86,7 +86,7 @@ def fit_examples(
       RowError: whatever the renderer finds; `nothing_supervised`, there was none to begin with.
     """
     examples = renderer.render(row)
-    if not examples or not all(example.loss_weights.any() for example in examples):
+    if not examples or not all(np.count_nonzero(example.loss_weights) for example in examples):
         # So every example has a supervised token, hence every row that is not padding, hence every batch.
         raise RowError("nothing_supervised", row.origin, "has no token to train on. Remove the row.")
     if max(map(len, examples)) <= max_seq_len:
