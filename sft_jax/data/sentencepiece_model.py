@@ -4,13 +4,16 @@ The model is loaded from a copy of its file with two changes that leave every id
 
 * control tokens that sentencepiece would match in text (type USER_DEFINED, or an ordinary piece that the folder
   declares special) become type CONTROL, which it never matches;
-* where the model strips spaces at the start of a text, one piece is added at the end, `SENTINEL`, which no merge can
-  join. What follows it in a text is encoded as a continuation: without the dummy prefix, but with every other rule of
-  the model in force. Other models are loaded a second time without their dummy prefix, which says the same, faster:
+* where the model changes text (it has a table of normalization, or strips spaces), one piece is added at the end,
+  `SENTINEL`, which no merge can join. What follows it in a text is encoded as a continuation: without the dummy prefix,
+  but with every other rule of the model in force:
 
     encode("Hello")              -> ▁Hello
     encode(SENTINEL + "Hello")   -> ▁ SENTINEL | H ello
     encode(SENTINEL + " Hello")  -> ▁ SENTINEL | ▁Hello
+
+  Models that take text as it is, such as Llama's, encode with a copy that has no dummy prefix: a continuation as it
+  stands, any other text behind a space of our own.
 
 Normalization is the model's own: one with `nmt_nfkc` folds a newline into a space, and that is what it was trained on.
 """
@@ -86,8 +89,10 @@ class SentencePieceModel:
             if running.pieces[token.id].type in (Piece.NORMAL, Piece.USER_DEFINED):
                 running.pieces[token.id].type = Piece.CONTROL
         self._sentinel_id = self.num_ids
-        self._strips = running.normalizer_spec.remove_extra_whitespaces
-        if self._strips:
+        self._changes_text = bool(
+            running.normalizer_spec.precompiled_charsmap or running.normalizer_spec.remove_extra_whitespaces
+        )
+        if self._changes_text:
             running.pieces.add(piece=SENTINEL, score=0.0, type=Piece.USER_DEFINED)
         self._processor = sentencepiece.SentencePieceProcessor(model_proto=running.SerializeToString())
         running.normalizer_spec.add_dummy_prefix = False
@@ -106,8 +111,8 @@ class SentencePieceModel:
         return i if i < self.num_ids and self.proto.pieces[i].piece == text else None
 
     def encode(self, text: str, *, continuation: bool) -> list[int]:
-        if not self._strips:
-            return (self._continued if continuation else self._processor).encode(text)
+        if not self._changes_text:
+            return self._continued.encode(text if continuation or not self.adds_prefix else " " + text)
         if SENTINEL in text:  # a row's own: encoded in two halves, which the model does not match
             before, after = text.split(SENTINEL, 1)
             head = self.encode(before + SENTINEL[0], continuation=continuation)
@@ -118,7 +123,7 @@ class SentencePieceModel:
         return ids[ids.index(self._sentinel_id) + 1 :]
 
     def decode(self, ids: list[int], *, continuation: bool) -> str:
-        if not self._strips:
+        if not self._changes_text:
             return (self._continued if continuation else self._processor).decode(ids)
         if not continuation:
             return self._processor.decode(ids)

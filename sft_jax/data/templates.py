@@ -70,7 +70,7 @@ class ChatTemplate:
         self._program: JinjaProgram | SandboxedProgram
         self._failures: tuple[type[Exception], ...]
         if text in _own_texts():
-            self._program, self._failures = JinjaProgram(text), _FAILURES
+            self._program, self._failures = JinjaProgram(text, sandboxed=False), _FAILURES
         else:
             _check_syntax(name, text)
             self._program, self._failures = SandboxedProgram(text, limits), (RenderError,)
@@ -221,7 +221,7 @@ def _roles(messages: Sequence[Mapping[str, Any]], requests: Sequence[tuple[Seque
 def _check_syntax(name: str, text: str) -> None:
     """Parsing alone evaluates nothing; what it lets pass, compiling in the other process may still refuse."""
     try:
-        make_environment().parse(text)
+        make_environment(sandboxed=True).parse(text)
     except jinja2.TemplateSyntaxError as error:
         where = f"config.data.chat_template: {name}, line {error.lineno}"
         raise ConfigError(f"{where}: {error.message}. Mend the template.") from error
