@@ -34,8 +34,8 @@ _LENGTH, _CHECKSUM = struct.Struct("<Q"), struct.Struct("<I")
 
 @dataclass(frozen=True)
 class Span:
-    """Where in the bytes of the source a part begins and ends: a digest of all before either place, by which a part of
-    other content, or one that was cut otherwise, is known."""
+    """Where in the source a part begins and ends: the file, the chunk of it, and a digest of what was read by then, by
+    which a part of other content, or one that was cut otherwise, is known."""
 
     start: str
     end: str

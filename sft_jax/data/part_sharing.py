@@ -103,7 +103,7 @@ def _num_cores() -> int:
 def _cut(folder: Path, files: Sequence[str], contents: Sequence[str], recipe: Recipe) -> Iterator[Task]:
     """The tasks of all parts, in order; the same for everybody."""
     chunks: list[Chunk] = []
-    start, num_parts = "0:", 0
+    start, num_parts = "start", 0
 
     def task(end: str) -> Task:
         return Task(folder / f"part-{num_parts:05}", Span(start, end), tuple(files), tuple(chunks))
@@ -111,19 +111,19 @@ def _cut(folder: Path, files: Sequence[str], contents: Sequence[str], recipe: Re
     max_rows = left = recipe.source.max_rows
     for number, (file, content) in enumerate(zip(files, contents, strict=True)):
         format, digest = _format_of(file, recipe.source), hashlib.sha256()
-        for row_chunk in read_chunks(file, digest.update, CHUNK_BYTES):
+        for place, row_chunk in enumerate(read_chunks(file, digest.update, CHUNK_BYTES)):
             num_taken = None
             if max_rows:
                 num_taken = min(left, _count_rows(row_chunk)) if left else 0
                 left -= num_taken
             chunks.append(Chunk(pickle.dumps(row_chunk, 5), number, format, num_taken))
             if sum(len(chunk.pickled) for chunk in chunks) >= PART_BYTES:
-                yield task(end := f"{number}:{digest.hexdigest()}")
+                yield task(end := f"file {number}, chunk {place} of {CHUNK_BYTES} bytes, {digest.hexdigest()}")
                 chunks, start, num_parts = [], end, num_parts + 1
         if digest.hexdigest() != content:
             raise DataError(f"{file}: changed while it was read. Wait until it is written, and start again.")
     if chunks:
-        yield task(f"{len(files)}:")
+        yield task("end")
 
 
 def _format_of(file: str, source: SourceConfig) -> str:
