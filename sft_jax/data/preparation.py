@@ -79,7 +79,8 @@ def make_part(task: Task, source: SourceConfig, data: DataConfig, renderer: Rend
             if (chunk.num_taken is not None and number >= chunk.num_taken) or not is_on_side(row, source):
                 account.rows_not_taken += 1
                 continue
-            counted, kept = renderer.counts.copy(), Counter[str]()
+            renderer.counts.clear()
+            kept: Counter[str] = Counter()
             try:
                 fit = _tokenize_row(row, chunk.format, source, data, renderer, kept)
             except RowError as error:
@@ -89,7 +90,7 @@ def make_part(task: Task, source: SourceConfig, data: DataConfig, renderer: Rend
                 reasons.setdefault(error.reason, LostRows()).add(error)
                 continue
             ignored = ignored_fields(row, chunk.format, source.fields)
-            account.add_trained(fit, renderer.counts - counted, kept, ignored)
+            account.add_trained(fit, renderer.counts, kept, ignored)
             examples.append(fit.examples, chunk.file)
     write_part(task.path, Part(task.span, task.files, account, examples.arrays()))
 

@@ -170,8 +170,9 @@ class Renderer:
         examples: list[ExampleBuilder] = []
         read = 0  # messages that stand in the examples so far
         for (i, weight), turn in zip(weights.items(), turns, strict=True):
-            tool_result = any(message.role == "tool" for message in shown.messages[read:i])
-            prompt_weight = 0.0 if tool_result else self.options.prompt_loss_weight
+            prompt_weight = self.options.prompt_loss_weight
+            if prompt_weight and any(message.role == "tool" for message in shown.messages[read:i]):
+                prompt_weight = 0.0
             if examples and examples[-1].leads_to(turn.prompt):
                 example = examples[-1]
             else:
@@ -282,6 +283,8 @@ class Renderer:
 
     def _check_unknown(self, parts: Sequence[int | str], ids: list[list[int]], origin: Origin) -> None:
         unk_id = self.tokenizer.unk_id
+        if not any(unk_id in part_ids for part_ids in ids):
+            return
         for part, part_ids in zip(parts, ids, strict=True):
             if not isinstance(part, str) or unk_id not in part_ids:
                 continue

@@ -77,17 +77,19 @@ class Account:
 
     def add_trained(self, fit: FitResult, rendering: Counter[str], kept: Counter[str], ignored: Iterable[str]) -> None:
         """Count a row; `rendering`: what the renderer counted, `kept`: turns let pass, `ignored`: fields not read."""
-        examples = fit.examples
         self.rows_trained += 1
-        self.examples += len(examples)
-        self.tokens += sum(len(example) for example in examples)
-        self.supervised_tokens += sum(int(np.count_nonzero(example.loss_weights)) for example in examples)
-        _add_counts(self.lengths, Counter(1 << (len(example) - 1).bit_length() for example in examples))
+        self.examples += len(fit.examples)
+        for example in fit.examples:
+            length = len(example)
+            self.tokens += length
+            self.supervised_tokens += int(np.count_nonzero(example.loss_weights))
+            _add_counts(self.lengths, {1 << (length - 1).bit_length(): 1})
         _add_counts(self.rendering, dict(sorted(rendering.items())))
         _add_counts(self.kept, kept)
-        _add_counts(self.ignored_fields, Counter(sorted(ignored)))
-        self.add_lost(fit.lost)
-        self.rows_shortened += fit.is_changed
+        _add_counts(self.ignored_fields, dict.fromkeys(sorted(ignored), 1))
+        if fit.is_changed:
+            self.rows_shortened += 1
+            self.add_lost(fit.lost)
 
     def merge(self, later: "Account") -> None:
         """Add the account of the rows that follow, as if one account had counted them all."""
