@@ -140,7 +140,9 @@ class _ArrayScanner:
                 depth += 1
                 self._at += 1
                 if depth > _MAX_SCAN_DEPTH:
-                    self._refuse(origin.line, f"this element is nested deeper than {_MAX_SCAN_DEPTH:,} levels", "Remove it")
+                    self._refuse(
+                        origin.line, f"this element is nested deeper than {_MAX_SCAN_DEPTH:,} levels", "Remove it"
+                    )
             elif found in b"]}" and depth:
                 depth -= 1
                 self._at += 1
@@ -163,7 +165,7 @@ class _ArrayScanner:
                 self._refuse(origin.line, "a string in this element, or the array, has no end", "Complete the file")
 
     def _pass_broken_line(self, string: int, origin: Origin) -> int:
-        """Move behind the line's end; of the brackets from `string` on, quoted or not, those opened less those closed."""
+        """Move behind the line's end; the brackets from `string` on, quoted or not, opened less closed."""
         while (end := self._text.find(b"\n", self._at)) < 0 or self._is_too_long:
             self._at = len(self._text)
             if self._is_too_long or not self._read_on():

@@ -112,7 +112,9 @@ def read_row(text: bytes, origin: Origin) -> RawRow | BadRow:
         return _explain(text, str(error), origin)
     if not isinstance(value, dict):
         kind = _KINDS[type(value)]
-        mending = "Let the name of a file that is one array end in .json" if kind == "list" else "Fix or remove the line"
+        mending = (
+            "Let the name of a file that is one array end in .json" if kind == "list" else "Fix or remove the line"
+        )
         message = f'is a JSON {kind}; expected an object such as {{"messages": [...]}}. {mending}.'
         return BadRow(origin, "not_an_object", message)
     return RawRow(value, origin)

@@ -15,7 +15,10 @@ from sft_jax.datatypes import DataError, RawRow
 TOOL = {"type": "function", "function": {"name": "add", "parameters": {"properties": {"x": {"type": "integer"}}}}}
 OTHER = {"type": "function", "function": {"name": "now", "strict": True, "parameters": {"required": ["zone"]}}}
 ROWS = [
-    {"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b", "weight": 0}], "tools": [TOOL]},
+    {
+        "messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b", "weight": 0}],
+        "tools": [TOOL],
+    },
     {"messages": [{"role": "user", "content": "c"}], "tools": [OTHER, TOOL], "system": "s"},
     {"messages": [], "schema": '{"default": null}', "score": 0.5, "ids": [1, None, 2**40]},
 ]
@@ -39,7 +42,9 @@ def path_of(tmp_path, kind):
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_rows_come_out_as_they_went_in(tmp_path, kind):
-    columns = {name: [row.get(name) for row in ROWS] for name in ("messages", "tools", "system", "schema", "score", "ids")}
+    columns = {
+        name: [row.get(name) for row in ROWS] for name in ("messages", "tools", "system", "schema", "score", "ids")
+    }
     table = pyarrow.table(columns)
     path = write(path_of(tmp_path, kind), table, kind)
     rows = list(read_rows(path))

@@ -126,7 +126,9 @@ KINDS = [
     accept_file("ending-in-capitals", GOOD, 1, "ROWS.JSONL"),
     accept_file("ndjson", GOOD, 1, "rows.ndjson"),
     accept_file("json-array", b'[{"text":"a"},{"text":"b"}]', 2, "rows.json"),
-    accept_file("json-array-over-lines", b'[\n  {\n    "text": "a"\n  },\n  {\n    "text": "]},{["\n  }\n]\n', 2, "rows.json"),
+    accept_file(
+        "json-array-over-lines", b'[\n  {\n    "text": "a"\n  },\n  {\n    "text": "]},{["\n  }\n]\n', 2, "rows.json"
+    ),
     accept_file("empty-json-array", b" [ ] \n", 0, "rows.json"),
     accept_file("json-lines-named-json", GOOD + GOOD, 2, "rows.json"),
     accept_file("one-object-named-json", GOOD, 1, "rows.json"),
@@ -234,14 +236,22 @@ KINDS = [
     reject_element("element-not-utf8", b'[{"text":"a"},\n{"text":"\xff"},\n{"text":"b"}]', "0xff", "not_utf8"),
     reject_element("number-in-array", b'[{"text":"a"},\n17,\n{"text":"b"}]', "JSON number", "not_an_object"),
     reject_element("list-in-array", b'[{"text":"a"},\n[{"text":"x"}],\n{"text":"b"}]', "JSON list", "not_an_object"),
-    reject_element("no-comma-between-elements", b'[{"text":"a"},\n{"text":"x"} {"text":"y"},{"text":"b"}]', "two values"),
+    reject_element(
+        "no-comma-between-elements", b'[{"text":"a"},\n{"text":"x"} {"text":"y"},{"text":"b"}]', "two values"
+    ),
     reject_element("two-commas", b'[{"text":"a"},\n,{"text":"b"}]', "no element before"),
     reject_element("comma-first", b'[\n,{"text":"a"},{"text":"b"}]', "no element before"),
     reject_element("comma-last", b'[{"text":"a"},{"text":"b"},\n]', "after the last comma"),
     reject_element("unescaped-quote-in-an-element", b'[{"text":"a"},\n{"text":"say "x" to"},\n{"text":"b"}]'),
     reject_element("string-with-no-end-on-its-line", b'[{"text":"a"},\n{"text":"x},\n{"text":"b"}]'),
     reject_element("raw-newline-in-an-element", b'[{"text":"a"},\n{"text":"x\ny"},\n{"text":"b"}]'),
-    reject_element("101-levels-in-an-element", b'[{"text":"a"},\n' + b"[" * 101 + b"]" * 101 + b"]", "100 levels", "nested_too_deep", num_good=1),
+    reject_element(
+        "101-levels-in-an-element",
+        b'[{"text":"a"},\n' + b"[" * 101 + b"]" * 101 + b"]",
+        "100 levels",
+        "nested_too_deep",
+        num_good=1,
+    ),
     reject_file("million-levels-in-an-element", b"[" * DEEP + b"]" * DEEP, "deeper than 1,000 levels", "rows.json"),
     reject_file("array-with-no-end", b'[{"text":"a"},\n{"text":"b"}', "no end", "rows.json", 2),
     reject_file("array-cut-in-a-string", b'[{"text":"a"},\n{"text":"b', "no end", "rows.json", 2),
@@ -266,8 +276,13 @@ KINDS = [
     reject_file("zstd-of-nothing", b"", "cut off", "rows.jsonl.zst", 0),
     reject_file("text-named-parquet", GOOD, "not whole Parquet", "rows.parquet", 0),
     reject_file("parquet-cut-off", parquet(TWO_ROWS)[:-20], "not whole Parquet", "rows.parquet", 0),
-    reject_file("parquet-with-a-column-twice", parquet(pyarrow.table([["a"], ["b"]], ["text", "text"])), "twice",
-                "rows.parquet", 0),
+    reject_file(
+        "parquet-with-a-column-twice",
+        parquet(pyarrow.table([["a"], ["b"]], ["text", "text"])),
+        "twice",
+        "rows.parquet",
+        0,
+    ),
     reject_file("arrow-cut-between-batches", arrow(TWO_ROWS)[:-8], "its end is missing", "rows.arrow", 0),
     reject_file("text-named-arrow", GOOD, "not whole Arrow", "rows.arrow", 0),
     *(
@@ -279,9 +294,22 @@ KINDS = [
             ("nan-in-a-column", ("score", [0.5, float("nan"), 1.0]), "nan"),
         ]
     ),
-    Kind("map-with-a-key-twice", "reject", column("map", [[], [("k", "1"), ("k", "2")], []], pyarrow.map_("string", "string")),
-         "duplicate_key", says="a map with one key twice", file="rows.parquet"),
-    Kind("column-not-utf8", "reject", parquet(pyarrow.table({"text": BROKEN_TEXT})), "not_utf8", says="0xff", file="rows.parquet"),
+    Kind(
+        "map-with-a-key-twice",
+        "reject",
+        column("map", [[], [("k", "1"), ("k", "2")], []], pyarrow.map_("string", "string")),
+        "duplicate_key",
+        says="a map with one key twice",
+        file="rows.parquet",
+    ),
+    Kind(
+        "column-not-utf8",
+        "reject",
+        parquet(pyarrow.table({"text": BROKEN_TEXT})),
+        "not_utf8",
+        says="0xff",
+        file="rows.parquet",
+    ),
     # Rows that are JSON and no demonstration.
     reject_row("fields-of-no-format", "wrong_format", question="a", answer="b"),
     reject_row("no-fields", "wrong_format"),
@@ -344,7 +372,8 @@ def test_each_kind_has_its_verdict(tmp_path, kind):
     assert origin == (f"{path}:{kind.line}" if kind.line else str(path))
     assert re.search(kind.says, text)
     problem, _, mending = text.removeprefix(f"{origin}: ").partition(". ")
-    assert problem and mending.endswith("."), f"says not how to mend it: {text}"
+    assert problem
+    assert mending.endswith("."), f"says not how to mend it: {text}"
     assert len(text) < len(origin) + 400  # a message never holds the row
 
 
