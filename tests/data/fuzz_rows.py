@@ -22,7 +22,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from sft_jax.data.conversations import FORMAT_FIELDS, ignored_fields, parse_row
+from sft_jax.config import _SOURCE_FORMATS
+from sft_jax.data.conversations import ignored_fields, parse_row
 from sft_jax.data.errors import RowError
 from sft_jax.data.sources import BadRow, read_rows
 from sft_jax.datatypes import Conversation, DataError, Document, RawRow
@@ -255,7 +256,6 @@ def main(
     """
     chosen, account = random.Random(seed), Account()
     mutate = Mutator()
-    formats = ["auto", *sorted(FORMAT_FIELDS)]
     num_mutated = 0
     with tempfile.TemporaryDirectory() as folder:
         while num_mutated < num_rows and len(account.failures) < max_failures:
@@ -265,7 +265,7 @@ def main(
             num_mutated += num_texts
             path = Path(folder) / f"rows.{'json' if is_array else 'jsonl'}"
             path.write_bytes(b"[" + b",\n".join(texts) + b"]" if is_array else b"\n".join(texts))
-            _read_file(path, formats, render, account)
+            _read_file(path, render, account)
     return account
 
 
@@ -283,7 +283,6 @@ def _read_real_rows() -> list[dict[str, Any]]:
 
 def _read_file(
     path: Path,
-    formats: list[str],
     render: Callable[[Conversation | Document], object] | None,
     account: Account,
 ) -> None:
@@ -301,7 +300,7 @@ def _read_file(
                 account.verdicts[f"reading: {row.reason}"] += 1
                 _check_message(f"{row.origin}: {row.message}")
             else:
-                for format in formats:
+                for format in _SOURCE_FORMATS:
                     account.verdicts[f"{format}: {_parse(row, format, render)}"] += 1
         except DataError as error:  # of the file: its rows cannot be told apart
             account.verdicts["reading: the rest of the file"] += 1

@@ -15,7 +15,7 @@ import pyarrow.parquet
 import pytest
 import zstandard
 
-from sft_jax.data.sources import BadRow, check_source_path, hash_file, read_chunks, read_rows, resolve_files
+from sft_jax.data.sources import BadRow, hash_file, read_chunks, read_rows, resolve_files
 from sft_jax.datatypes import DataError, Origin, RawRow
 
 FIELD = "config.data.train[2].path"
@@ -303,13 +303,6 @@ def test_file_urls(tmp_path):
 def test_a_file_that_goes_away(tmp_path):
     with pytest.raises(DataError, match=r"none\.jsonl: cannot be read: No such file"):
         list(read_rows(str(tmp_path / "none.jsonl")))
-
-
-def test_one_file_is_asked_for(tmp_path):
-    touch(tmp_path, "a.jsonl")
-    check_source_path(str(tmp_path / "a.jsonl"), FIELD)
-    with pytest.raises(DataError, match=r"is a folder or a pattern\. Name a file"):
-        check_source_path(str(tmp_path), FIELD)
 
 
 def test_every_real_file_is_read_whole(assets):
