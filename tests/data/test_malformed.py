@@ -177,7 +177,7 @@ KINDS = [
     reject("infinity", b'{"text":"a","b":Infinity}', "no NaN or Infinity"),
     reject("minus-infinity", b'{"text":"a","b":-Infinity}', "no NaN or Infinity"),
     reject("number-too-large", b'{"text":"a","b":1e400}', "out of range"),
-    reject("number-too-large-far-within", b'{"text":' + b"[" * 90 + b"1e400" + b"]" * 90 + b"}", "out of range"),
+    reject("number-too-large-far-within", b'{"a":' * 95 + b"1e400" + b"}" * 95, "out of range"),
     reject("number-too-small", b'{"text":"a","b":-1e400}', "out of range"),
     reject("integer-of-5000-digits", b'{"text":"a","b":' + b"7" * 5000 + b"}", "out of range"),
     reject("leading-zero", b'{"text":"a","b":007}', "invalid number"),
