@@ -66,7 +66,7 @@ class SandboxedProgram:
         """As `JinjaProgram.variables_read`.
 
         Raises:
-          CompileError, LimitError: the template cannot be compiled, or not within the limits.
+          CompileError: the template cannot be compiled, or not within the limits.
         """
         with self._lock:
             self._open()
@@ -82,7 +82,8 @@ class SandboxedProgram:
 
         Raises:
           RenderError: the template refuses the messages.
-          CompileError, LimitError: as `variables_read`.
+          LimitError: it breaks a limit.
+          CompileError: as `variables_read`.
         """
         frame = {"variables": variables, "messages": messages, "requests": requests}
         with self._lock:
@@ -104,7 +105,10 @@ class SandboxedProgram:
         if not self._process:
             self._process = _Process()
             first = {"text": self._text, **self._limits._asdict()}
-            answer = self._ask(self._process, first, _START_SECONDS)
+            try:
+                answer = self._ask(self._process, first, _START_SECONDS)
+            except LimitError as error:
+                raise CompileError(f"{error}, to be compiled") from error
             if "error" in answer:
                 self.close()
                 raise CompileError(answer["error"], answer["line"])

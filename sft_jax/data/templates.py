@@ -106,7 +106,7 @@ class ChatTemplate:
         """Names of the variables that `config.data.chat_template_kwargs` can give to some effect."""
         try:
             return frozenset(self._program.variables_read() - {*_RESERVED})
-        except (CompileError, LimitError) as error:
+        except CompileError as error:
             raise self._config_error(error) from error
 
     @functools.cached_property
@@ -207,9 +207,8 @@ class ChatTemplate:
         found = tuple(name for name in _REASONING_NAMES if re.search(rf"\b{name}\b", self.text))
         return found or _REASONING_NAMES[:1]
 
-    def _config_error(self, error: CompileError | LimitError) -> ConfigError:
-        line = getattr(error, "line", None)
-        where = f"config.data.chat_template: {self.name}" + (f", line {line}" if line else "")
+    def _config_error(self, error: CompileError) -> ConfigError:
+        where = f"config.data.chat_template: {self.name}" + (f", line {error.line}" if error.line else "")
         return ConfigError(f"{where}: {error}. Mend the template.")
 
 
