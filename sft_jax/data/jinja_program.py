@@ -44,7 +44,7 @@ class JinjaProgram:
         """Raises whatever compiling raises, `jinja2.TemplateSyntaxError` with a line first of all."""
         self._now: datetime | None = None
         self._read_clock = False
-        self._environment = make_environment()
+        self._environment = _make_environment()
         self._environment.globals["strftime_now"] = self._strftime_now
         self._template = self._environment.from_string(text)
         self._text = text
@@ -101,7 +101,7 @@ def _counted(pieces: Iterable[str], max_chars: int) -> Iterator[str]:
         yield piece
 
 
-def make_environment() -> ImmutableSandboxedEnvironment:
+def _make_environment() -> ImmutableSandboxedEnvironment:
     """Jinja as transformers sets it up for chat templates."""
     environment = ImmutableSandboxedEnvironment(
         trim_blocks=True, lstrip_blocks=True, extensions=[_GenerationBlock, jinja2.ext.loopcontrols]

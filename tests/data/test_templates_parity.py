@@ -205,4 +205,4 @@ def test_both_refuse_to_compile_what_is_no_template(saved):
         with pytest.raises(Exception, match=r"."):
             tokenizer.apply_chat_template(as_dicts([Message("user", "x")]), chat_template=text, tokenize=False)
         with pytest.raises(ConfigError, match="line 1: "):
-            ChatTemplate("test", text, {}, {}).render([Message("user", "x")], False)
+            ChatTemplate("test", text, {}, {})
