@@ -40,11 +40,11 @@ class OutputError(Exception):
 class JinjaProgram:
     """A compiled template."""
 
-    def __init__(self, text: str):
+    def __init__(self, text: str, sandboxed: bool):
         """Raises whatever compiling raises, `jinja2.TemplateSyntaxError` with a line first of all."""
         self._now: datetime | None = None
         self._read_clock = False
-        self._environment = _make_environment()
+        self._environment = make_environment(sandboxed)
         self._environment.globals["strftime_now"] = self._strftime_now
         self._template = self._environment.from_string(text)
         self._text = text
@@ -101,11 +101,10 @@ def _counted(pieces: Iterable[str], max_chars: int) -> Iterator[str]:
         yield piece
 
 
-def _make_environment() -> ImmutableSandboxedEnvironment:
-    """Jinja as transformers sets it up for chat templates."""
-    environment = ImmutableSandboxedEnvironment(
-        trim_blocks=True, lstrip_blocks=True, extensions=[_GenerationBlock, jinja2.ext.loopcontrols]
-    )
+def make_environment(sandboxed: bool) -> jinja2.Environment:
+    """Jinja as transformers sets it up for chat templates. Our own need no sandbox, which takes half of their time."""
+    kind = ImmutableSandboxedEnvironment if sandboxed else jinja2.Environment
+    environment = kind(trim_blocks=True, lstrip_blocks=True, extensions=[_GenerationBlock, jinja2.ext.loopcontrols])
     environment.filters["tojson"] = _to_json
     environment.globals |= {"raise_exception": _raise_exception, "dict": _Dict(), "namespace": _Namespace}
     return environment
@@ -177,7 +176,7 @@ def serve(source: IO[bytes], sink: IO[bytes]) -> None:
     limit = functools.partial(_limit_cpu, first["cpu_seconds"])
     try:
         with limit():
-            program = JinjaProgram(first["text"])
+            program = JinjaProgram(first["text"], sandboxed=True)
             answer = json.dumps({"reads": sorted(program.variables_read())})
     except Exception as error:  # whatever it is, it is the template's doing, and the parent tells of it
         _write_frame(sink, json.dumps(_describe(error) | {"line": getattr(error, "lineno", None)}))

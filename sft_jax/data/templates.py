@@ -72,7 +72,7 @@ class ChatTemplate:
         self._program: JinjaProgram | SandboxedProgram
         self._failures: tuple[type[Exception], ...]
         if text in _own_texts():
-            self._program, self._failures = JinjaProgram(text), _FAILURES
+            self._program, self._failures = JinjaProgram(text, sandboxed=False), _FAILURES
         else:
             self._program, self._failures = SandboxedProgram(text, limits), (RenderError,)
         self._set_kwargs(kwargs)
