@@ -257,6 +257,7 @@ KINDS = [
     reject_file("array-with-no-end", b'[{"text":"a"},\n{"text":"b"}', "no end", "rows.json", 2),
     reject_file("array-cut-in-a-string", b'[{"text":"a"},\n{"text":"b', "no end", "rows.json", 2),
     reject_file("brace-too-many", b'[{"text":"a"},\n{"text":"b"}},\n{}]', "closes nothing", "rows.json", 2),
+    reject_file("brackets-too-many-after-a-quote", b'[{"text":"a"},\n{"text":"b"c}]]\n', "do not pair", "rows.json", 2),
     reject_file("brace-missing", b'[{"text":"a"},\n{"text":"b",\n{}]', "no end", "rows.json", 2),
     reject_file("two-arrays", b'[{"text":"a"}]\n[{"text":"b"}]', "goes on behind", "rows.json", 2),
     reject_file("unescaped-quote-on-the-only-line", b'[{"text":"a"}, {"text":"say "x""}]', "do not pair", "rows.json"),
