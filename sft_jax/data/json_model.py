@@ -125,6 +125,7 @@ class JsonModel:
         except Exception as error:  # the library raises no narrower type
             raise DataError(f"{origin}: the tokenizers library does not read it: {error}.") from error
         self.unk_id = _unknown_id(spec)
+        self.expresses_all = self.unk_id is None
         if self.unk_id is None:
             _check_coverage(spec, origin)
 

@@ -119,7 +119,7 @@ def is_on_side(row: RawRow | BadRow, source: SourceConfig) -> bool:
 
 def hash_ids(ids: np.ndarray) -> int:
     """64 bits, the same for the same ids on every machine."""
-    return int.from_bytes(hashlib.blake2b(ids.astype("<i4").tobytes(), digest_size=8).digest(), "little")
+    return int.from_bytes(hashlib.blake2b(ids.astype("<i4", copy=False).data, digest_size=8).digest(), "little")
 
 
 _NO_WEIGHT = np.zeros(1, np.float32)

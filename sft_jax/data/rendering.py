@@ -283,7 +283,7 @@ class Renderer:
 
     def _check_unknown(self, parts: Sequence[int | str], ids: list[list[int]], origin: Origin) -> None:
         unk_id = self.tokenizer.unk_id
-        if not any(unk_id in part_ids for part_ids in ids):
+        if self.tokenizer.model.expresses_all or not any(unk_id in part_ids for part_ids in ids):
             return
         for part, part_ids in zip(parts, ids, strict=True):
             if not isinstance(part, str) or unk_id not in part_ids:

@@ -98,6 +98,8 @@ class SentencePieceModel:
         running.normalizer_spec.add_dummy_prefix = False
         self._continued = sentencepiece.SentencePieceProcessor(model_proto=running.SerializeToString())
         self.unk_id: int | None = self._processor.unk_id()
+        num_bytes = sum(piece.type == Piece.BYTE for piece in running.pieces)
+        self.expresses_all = bool(running.trainer_spec.byte_fallback and num_bytes == 256)
 
     def special_tokens(self) -> dict[str, str]:
         """Role -> text, as the file declares them."""
