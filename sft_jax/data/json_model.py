@@ -142,7 +142,7 @@ class JsonModel:
             head = self.encode(before + _HIDDEN[0], continuation=continuation)
             return head + self.encode(_HIDDEN[1:] + after, continuation=True)
         model = self._continued if continuation else self._fresh
-        return model.encode(text, add_special_tokens=False).ids
+        return model.encode_batch_fast([text], add_special_tokens=False)[0].ids  # without offsets: a sixth faster
 
     def decode(self, ids: list[int], *, continuation: bool) -> str:
         if not continuation or not self.adds_prefix:

@@ -3,6 +3,7 @@
 Rows do not depend on each other, so parts may be made anywhere and in any order.
 """
 
+import gc
 import hashlib
 import json
 import pickle
@@ -69,6 +70,16 @@ class Task:
 
 def make_part(task: Task, source: SourceConfig, data: DataConfig, renderer: Renderer) -> None:
     """Tokenize every row of the chunks, and write the part. Raises: OSError."""
+    collects = gc.isenabled()
+    gc.disable()  # a part leaves few cycles behind, and looking for them takes a twentieth of the time
+    try:
+        _make_part(task, source, data, renderer)
+    finally:
+        if collects:
+            gc.enable()
+
+
+def _make_part(task: Task, source: SourceConfig, data: DataConfig, renderer: Renderer) -> None:
     account, examples = Account(), _Examples()
     dropped = {reason for reason, policy in data.policies.items() if policy == "drop"}
     dropped |= {"too_long"} if data.too_long != "error" else set()
