@@ -14,6 +14,7 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import tokenizers
 from tokenizers.pre_tokenizers import ByteLevel
 
@@ -143,6 +144,10 @@ class JsonModel:
             return head + self.encode(_HIDDEN[1:] + after, continuation=True)
         model = self._continued if continuation else self._fresh
         return model.encode_batch_fast([text], add_special_tokens=False)[0].ids  # without offsets: a sixth faster
+
+    def encode_array(self, text: str, *, continuation: bool) -> np.ndarray:
+        """Ids, int32."""
+        return np.array(self.encode(text, continuation=continuation), np.int32)
 
     def decode(self, ids: list[int], *, continuation: bool) -> str:
         if not continuation or not self.adds_prefix:
