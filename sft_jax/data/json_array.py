@@ -165,7 +165,7 @@ class _ArrayScanner:
                 self._refuse(origin.line, "a string in this element, or the array, has no end", "Complete the file")
 
     def _pass_broken_line(self, string: int, origin: Origin) -> int:
-        """Move behind the line's end; of the brackets from `string` on, quoted or not, those opened less those closed."""
+        """Move behind the line's end; the brackets from `string` on, quoted or not, opened less closed."""
         while (end := self._text.find(b"\n", self._at)) < 0 or self._is_too_long:
             self._at = len(self._text)
             if self._is_too_long or not self._read_on():

@@ -169,10 +169,11 @@ def _count_keys(value: Any) -> int:
             raise TooDeepError
         below = []
         for container in level:
+            children: Any = container
             if type(container) is dict:
                 num_keys += len(container)
-                container = container.values()
-            for child in container:
+                children = container.values()
+            for child in children:
                 if type(child) is dict or type(child) is list:
                     below.append(child)
         level = below
@@ -237,6 +238,7 @@ def _find_hint(text: bytes, problem: str) -> tuple[str, str]:
         cut = "ends inside a value: the row is cut off, or a string holds a raw newline"
         return cut, "Complete or remove the row, and write a newline in a string as \\n"
     if "out of range" in problem:
+        problem, _, _ = problem.partition(" - at ")  # a path as deep as the row
         return f"holds a number that no reader can hold ({problem})", "Write a smaller number, or a string"
     found = re.search(r"\(byte (\d+)\)", problem)
     position = int(found.group(1)) if found else 0

@@ -87,7 +87,8 @@ def _choose(place: "_Disk | _Remote", found: list[str], field: str) -> list[str]
     by_folder: dict[str, list[str]] = {}
     for path in found:
         by_folder.setdefault(posixpath.dirname(path), []).append(path)
-    files, skipped = [], []
+    files: list[str] = []
+    skipped: list[str] = []
     for folder, paths in by_folder.items():
         names = {posixpath.basename(path): path for path in paths}
         if _SPLITS in names:

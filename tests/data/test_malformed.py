@@ -177,6 +177,7 @@ KINDS = [
     reject("infinity", b'{"text":"a","b":Infinity}', "no NaN or Infinity"),
     reject("minus-infinity", b'{"text":"a","b":-Infinity}', "no NaN or Infinity"),
     reject("number-too-large", b'{"text":"a","b":1e400}', "out of range"),
+    reject("number-too-large-far-within", b'{"a":' * 95 + b"1e400" + b"}" * 95, "out of range"),
     reject("number-too-small", b'{"text":"a","b":-1e400}', "out of range"),
     reject("integer-of-5000-digits", b'{"text":"a","b":' + b"7" * 5000 + b"}", "out of range"),
     reject("leading-zero", b'{"text":"a","b":007}', "invalid number"),
@@ -256,6 +257,7 @@ KINDS = [
     reject_file("array-with-no-end", b'[{"text":"a"},\n{"text":"b"}', "no end", "rows.json", 2),
     reject_file("array-cut-in-a-string", b'[{"text":"a"},\n{"text":"b', "no end", "rows.json", 2),
     reject_file("brace-too-many", b'[{"text":"a"},\n{"text":"b"}},\n{}]', "closes nothing", "rows.json", 2),
+    reject_file("brackets-too-many-after-a-quote", b'[{"text":"a"},\n{"text":"b"c}]]\n', "do not pair", "rows.json", 2),
     reject_file("brace-missing", b'[{"text":"a"},\n{"text":"b",\n{}]', "no end", "rows.json", 2),
     reject_file("two-arrays", b'[{"text":"a"}]\n[{"text":"b"}]', "goes on behind", "rows.json", 2),
     reject_file("unescaped-quote-on-the-only-line", b'[{"text":"a"}, {"text":"say "x""}]', "do not pair", "rows.json"),
@@ -372,7 +374,8 @@ def test_each_kind_has_its_verdict(tmp_path, kind):
     assert origin == (f"{path}:{kind.line}" if kind.line else str(path))
     assert re.search(kind.says, text)
     problem, _, mending = text.removeprefix(f"{origin}: ").partition(". ")
-    assert problem and mending.endswith("."), f"says not how to mend it: {text}"
+    assert problem
+    assert mending.endswith("."), f"says not how to mend it: {text}"
     assert len(text) < len(origin) + 400  # a message never holds the row
 
 
