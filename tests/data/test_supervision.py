@@ -235,6 +235,12 @@ def test_a_turn_that_does_not_begin_with_its_prompt(folder):
         renderer.render(row(user("Hi"), assistant("odd")))
 
 
+def test_a_stop_token_after_the_answer_s_own_is_refused(folder):
+    text = KEEPING + "{{ '<|im_start|>system\\nStay safe.<|im_end|>' if messages[-1].role == 'assistant' else '' }}"
+    with pytest.raises(RowError, match=r"message 2: is followed by '<\|im_end\|>' more than once. Choose"):
+        open_renderer(folder, text).render(row(user("Hi"), assistant("Yo")))
+
+
 def test_calls_may_end_in_a_token_of_their_own(folder, tmp_path):
     text = THINKING.replace("{{- '<|im_end|>\\n' -}}", "{{- '<|call|>' if m.tool_calls else '<|im_end|>' -}}")
     with pytest.raises(RowError, match=r"ends a tool call with '<\|call\|>', which .* config.data.new_tokens"):
