@@ -121,6 +121,24 @@ def test_reasoning_can_be_read_only(folder):
     assert example.ids.tolist() == plain.ids.tolist()
 
 
+def test_reasoning_is_found_behind_its_mark(folder):
+    text = KEEPING.replace("<think>", "<reason>").replace("</think>", "</reason>")  # no control tokens
+    renderer = open_renderer(folder, text, train_reasoning=False)
+    (example,) = renderer.render(row(user("Hi"), assistant("Yo", reasoning="reason")))
+    assert trained(renderer, example) == ["<reason>\n", "\n</reason>\n\nYo<|im_end|>"]
+
+
+def test_reasoning_that_cannot_be_told_apart_is_refused(folder):
+    for text in (
+        KEEPING.replace("(m.reasoning_content or '')", "(m.reasoning_content or '') | tojson"),
+        KEEPING.replace("'<think>\\n' + ", "").replace("'\\n</think>\\n\\n'", "'\\n'"),
+    ):
+        assert text != KEEPING
+        renderer = open_renderer(folder, text, train_reasoning=False)
+        with pytest.raises(RowError, match=r"cannot be told from the answer\. Set config"):
+            renderer.render(row(user("Hi"), assistant("Yo", reasoning='Say "Yo".')))
+
+
 def test_turns_by_weight(folder):
     renderer = open_renderer(folder, KEEPING)
     messages = (TWO.messages[0], replace(TWO.messages[1], loss_weight=0.25), *TWO.messages[2:])
