@@ -103,6 +103,7 @@ def _make_part(task: Task, source: SourceConfig, data: DataConfig, renderer: Ren
             ignored = ignored_fields(row, chunk.format, source.fields)
             account.add_trained(fit, renderer.counts, kept, ignored)
             examples.append(fit.examples, chunk.file)
+    renderer.refuse_clock()
     write_part(task.path, Part(task.span, task.files, account, examples.arrays()))
 
 

@@ -105,11 +105,7 @@ class Renderer:
     def fingerprint_fields(self) -> dict[str, Any]:
         """What `fingerprint` is made of, as JSON values by the config field that sets it; raises as it does. Template
         and tokenizer by their sha256."""
-        if self.template.reads_clock:
-            raise ConfigError(
-                f"config.data.chat_template_kwargs: chat template {self.template.name} writes today's date into every "
-                "prompt, so the same rows would differ tomorrow. Give it a fixed one: dict(now='2026-01-31')."
-            )
+        self.refuse_clock()
         return {
             "rendering_version": RENDERING_VERSION,
             "config.data.tokenizer": self.tokenizer.fingerprint(),
@@ -117,6 +113,15 @@ class Renderer:
             "config.data.chat_template_kwargs": self.template.kwargs,
             **{f"config.data.{name}": value for name, value in dataclasses.asdict(self.options).items()},
         }
+
+    def refuse_clock(self) -> None:
+        """Raises ConfigError where a rendering so far has asked for today's date: a fingerprint would vouch for nothing
+        tomorrow. Some templates ask in some conversations only, so who renders rows asks again behind them."""
+        if self.template.reads_clock:
+            raise ConfigError(
+                f"config.data.chat_template_kwargs: chat template {self.template.name} writes today's date into every "
+                "prompt, so the same rows would differ tomorrow. Give it a fixed one: dict(now='2026-01-31')."
+            )
 
     def prompt_ids(self, messages: Sequence[Message], tools: Sequence[dict[str, Any]] = ()) -> list[int]:
         """What inference feeds before an assistant turn that follows `messages`."""

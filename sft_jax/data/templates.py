@@ -237,9 +237,22 @@ def load_template(chat_template: str, tokenizer: Tokenizer, kwargs: Mapping[str,
     Raises:
       ConfigError: no such file, a syntax error, or a name or value in `kwargs` that cannot be.
     """
+    template = _find_template(chat_template, tokenizer, kwargs)
+    for name in kwargs if template.text else ():
+        if name != "now" and name not in template.variables_read:
+            close = difflib.get_close_matches(name, template.variables_read, n=1)
+            hint = f"Did you mean {close[0]}?" if close else "Take it out."
+            what = f"chat template {template.name} does not read it"
+            raise ConfigError(f"config.data.chat_template_kwargs.{name}: {what}. {hint}")
+    return template
+
+
+def _find_template(chat_template: str, tokenizer: Tokenizer, kwargs: Mapping[str, Any]) -> ChatTemplate:
     for name in kwargs:
         if name in _RESERVED:
             raise ConfigError(f"config.data.chat_template_kwargs.{name}: is set by us. Take it out.")
+        if not name.isidentifier():
+            raise ConfigError(f"config.data.chat_template_kwargs: {name!r} is no name of a variable. Take it out.")
     if chat_template in BUILTIN_TEMPLATES:
         text = _builtin_text(chat_template)
         if chat_template == "plain" and tokenizer.adds_bos:

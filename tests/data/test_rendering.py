@@ -453,7 +453,7 @@ def test_the_fingerprint_follows_every_option(tiny_sentencepiece, tiny_byte_leve
         open_renderer(tiny_sentencepiece, "llama2").fingerprint(),
         open_renderer(tiny_sentencepiece, "plain", stop_token="</s>").fingerprint(),
         open_renderer(tiny_sentencepiece, "plain", unknown_tokens="keep").fingerprint(),
-        open_renderer(tiny_sentencepiece, "plain", kwargs={"x": 1}).fingerprint(),
+        open_renderer(tiny_sentencepiece, "plain", kwargs={"now": "2026-01-31"}).fingerprint(),
         open_renderer(tiny_sentencepiece, "plain", new_tokens=CHATML).fingerprint(),
         open_renderer(tiny_byte_level, "plain").fingerprint(),
     ]

@@ -9,13 +9,15 @@ import numpy as np
 import pytest
 from word_renderer import WordRenderer, make_config
 
+from sft_jax.config_schema import DataConfig, SourceConfig
 from sft_jax.data import part_sharing, preparation
 from sft_jax.data import store as store_module
 from sft_jax.data.conversations import parse_row
+from sft_jax.data.rendering import open_renderer
 from sft_jax.data.report import account_to_json, check_account
 from sft_jax.data.sources import read_rows, resolve_files
 from sft_jax.data.store import open_store
-from sft_jax.datatypes import DataError, StorageError
+from sft_jax.datatypes import ConfigError, DataError, StorageError
 
 GOOD = '{"prompt": "1 2", "completion": "3"}'
 EXPANDS = (
@@ -358,3 +360,23 @@ def test_the_report_names_file_and_line(tmp_path):
     assert json.loads(json.dumps(report)) == report
     assert report["bad"]["malformed_json"]["count"] == 1
     assert report["bad"]["malformed_json"]["first"][0]["origin"] == f"{path}:2"
+
+
+def test_a_template_that_writes_the_date_for_some_rows_only_is_refused(tmp_path, tiny_byte_level):
+    """The probes did not see it; the row that does must not be trained under a fingerprint without the date."""
+    (tmp_path / "late.jinja").write_text(
+        "{{ strftime_now('%d %b %Y') if messages | length > 3 else '' }}"
+        "{% for m in messages %}{{ '<|im_start|>' + m.role + m.content + '<|im_end|>' }}{% endfor %}"
+        "{{ '<|im_start|>assistant' if add_generation_prompt else '' }}"
+    )
+    turns = [{"role": role, "content": "a"} for role in ("user", "assistant", "user", "assistant")]
+    path = write(tmp_path, json.dumps({"messages": turns}))
+    data = DataConfig(
+        train=(SourceConfig(path=str(path)),),
+        tokenizer=str(tiny_byte_level),
+        chat_template=str(tmp_path / "late.jinja"),
+        store_dir=str(tmp_path / "stores"),
+    )
+    factory = functools.partial(open_renderer, data, "")
+    with pytest.raises(ConfigError, match="writes today's date into every prompt"):
+        open_store(data.train[0], [str(path)], data, factory(), factory)

@@ -626,3 +626,17 @@ def test_real_templates_compile_and_render(assets):
         assert "Bye" in chat.render(CHAT[1:4], add_generation_prompt=True), path
         assert not chat.reads_clock
     assert len(paths) > 45
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("enable_thinkin", r"chat template qwen3 does not read it. Did you mean enable_thinking\?"),
+        ("colour", "does not read it. Take it out"),
+        ("x y", "'x y' is no name of a variable"),
+        ("a %}{{ 1/0 }}{%", "is no name of a variable"),
+    ],
+)
+def test_variables_that_do_nothing_are_refused(tiny_byte_level, name, message):
+    with pytest.raises(ConfigError, match=message):
+        load_template("qwen3", load_tokenizer(tiny_byte_level), {name: False})

@@ -29,6 +29,9 @@ class WordRenderer(Renderer):
     def fingerprint_fields(self):
         return {"config.data.tokenizer": self.version}
 
+    def refuse_clock(self):
+        pass
+
     def render(self, row):
         if isinstance(row, Document):
             ids = [BOS, *self._encode(row.text, row.origin), STOP]
