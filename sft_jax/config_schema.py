@@ -84,7 +84,8 @@ class DataConfig:
     tokenizer: str = ""
     """Folder or file of the tokenizer; empty: `model.path`."""
     chat_template: str = ""
-    """chatml, llama2, llama3, plain, or a Jinja file; empty: the tokenizer folder's own."""
+    """A Jinja file, or one of ours: chatml, llama2, llama3, llama3.1, qwen2.5, qwen3, gemma, gemma3, mistral-v1,
+    mistral-v3, mistral-v7, zephyr, phi3, phi4, olmo2, granite, deepseek, plain. Empty: the tokenizer folder's own."""
     chat_template_kwargs: dict[str, Any] = field(default_factory=dict)
     """Extra variables of the template, such as `enable_thinking`."""
     stop_token: str = ""

@@ -1,6 +1,5 @@
 """An example that grows turn by turn: ids and weights appended by one call, so that they cannot part."""
 
-import itertools
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 
@@ -18,9 +17,8 @@ Parts = list[int | str]
 class ExampleBuilder:
     """See the module's text. `leads_to` says whether the next turn may join."""
 
-    ids: list[int] = field(default_factory=list)
-    weights: list[float] = field(default_factory=list)  # one per call of append, with
-    counts: list[int] = field(default_factory=list)  # the number of ids that have it
+    ids: list[np.ndarray] = field(default_factory=list)  # int32, part by part
+    weights: list[float] = field(default_factory=list)  # of each part
     text: str = ""  # rendered so far, through the last stop token
     stop: str = ""  # that stop token, and
     stop_at: int = 0  # where in `text` it begins
@@ -30,11 +28,9 @@ class ExampleBuilder:
     def leads_to(self, prompt: str) -> bool:
         return self.shares and prompt.startswith(self.text)
 
-    def append(self, ids: Sequence[Sequence[int]], weight: float) -> None:
-        before = len(self.ids)
-        self.ids.extend(itertools.chain.from_iterable(ids))
-        self.weights.append(weight)
-        self.counts.append(len(self.ids) - before)
+    def append(self, ids: Sequence[np.ndarray], weight: float) -> None:
+        self.ids += ids
+        self.weights += [weight] * len(ids)
 
     def end_turn(self, turn: Turn, shares: bool) -> None:
         """The ids so far are those of `turn.prompt + turn.completion`."""
@@ -44,15 +40,17 @@ class ExampleBuilder:
 
     def finish(self, origin: Origin, averaging: str) -> TokenizedExample:
         """`averaging` as in `config.data`: by `example`, the weights of the example sum to 1."""
-        weights = np.zeros(len(self.ids), np.float32)
+        ids = np.concatenate(self.ids)
+        weights = np.zeros(len(ids), np.float32)
         at = 0
-        for weight, count in zip(self.weights, self.counts, strict=True):
+        for part, weight in zip(self.ids, self.weights, strict=True):
+            end = at + len(part)
             if weight:
-                weights[at : at + count] = weight
-            at += count
+                weights[at:end] = weight
+            at = end
         if averaging == "example":
             weights /= max(weights[1:].sum(dtype=np.float64), np.finfo(np.float32).tiny)  # the first is never a target
-        return TokenizedExample.from_ids(np.array(self.ids, np.int32), weights, origin)
+        return TokenizedExample.from_ids(ids, weights, origin)
 
 
 def join_parts(prompt: Parts, completion: Parts) -> Parts:
@@ -63,8 +61,8 @@ def join_parts(prompt: Parts, completion: Parts) -> Parts:
 
 
 def zero_within(
-    parts: Parts, ids: Sequence[Sequence[int]], text: str, tokenizer: Tokenizer
-) -> Iterator[tuple[Sequence[int], bool]]:
+    parts: Parts, ids: Sequence[np.ndarray], text: str, tokenizer: Tokenizer
+) -> Iterator[tuple[np.ndarray, bool]]:
     """Runs of the ids of a completion, in order, each with whether it lies within `text`, which one part holds.
 
     A token that straddles the border counts as outside.
@@ -83,6 +81,6 @@ def zero_within(
         yield from ((part_ids[:start], False), (part_ids[start:end], True), (part_ids[end:], False))
 
 
-def _num_shared(a: Sequence[int], b: Sequence[int]) -> int:
+def _num_shared(a: Sequence[int], b: np.ndarray) -> int:
     """Length of the common beginning."""
     return next((k for k, (x, y) in enumerate(zip(a, b, strict=False)) if x != y), min(len(a), len(b)))

@@ -31,6 +31,7 @@ from jinja2.sandbox import ImmutableSandboxedEnvironment
 
 LENGTH_BYTES = 4
 _ERROR_CHARS = 1000
+_NO_LIMIT = contextlib.nullcontext()
 
 
 class OutputError(Exception):
@@ -59,7 +60,7 @@ class JinjaProgram:
         variables: Mapping[str, Any],
         messages: Sequence[Mapping[str, Any]],
         requests: Sequence[tuple[Sequence[int], bool]],
-        limit: Callable[[], contextlib.AbstractContextManager[None]] = contextlib.nullcontext,
+        limit: Callable[[], contextlib.AbstractContextManager[None]] | None = None,
         max_chars: int | None = None,
     ) -> tuple[list[str], bool]:
         """Texts, and whether one has asked for today's date (`strftime_now`) with no date given.
@@ -67,7 +68,7 @@ class JinjaProgram:
         Args:
           variables: `now`, if there, is the ISO date that `strftime_now` formats.
           requests: numbers of the messages, and whether the generation prompt is asked for.
-          limit: what each rendering runs within.
+          limit: what each rendering runs within; None: nothing.
           max_chars: of one text; None: any number.
         """
         self._now = datetime.fromisoformat(variables["now"]) if "now" in variables else None
@@ -76,7 +77,7 @@ class JinjaProgram:
         texts = []
         for numbers, add_generation_prompt in requests:
             own = {"messages": [messages[i] for i in numbers], "add_generation_prompt": add_generation_prompt}
-            with limit():
+            with limit() if limit else _NO_LIMIT:
                 texts.append(self._render(variables | own, max_chars))
         return texts, self._read_clock
 

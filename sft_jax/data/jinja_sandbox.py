@@ -1,7 +1,8 @@
 """Foreign Jinja -> texts, from a process of its own (`jinja_program.py`) that is limited in time, memory and output.
 
-The process starts at the first call, and anew after one that broke a limit. It is killed when its owner lets go of it,
-and ends when its parent does. After a fork the child starts one of its own.
+The process starts at the first call, and anew after one that broke a limit. It is killed when the template is let go,
+and ends when its parent does. After a fork the child starts one of its own. Nothing of the template is evaluated here,
+not even at compiling, when Jinja folds constants such as `9 ** (9 ** 9)`.
 """
 
 import json
@@ -66,7 +67,7 @@ class SandboxedProgram:
         """As `JinjaProgram.variables_read`.
 
         Raises:
-          CompileError, LimitError: the template cannot be compiled, or not within the limits.
+          CompileError: the template cannot be compiled, or not within the limits.
         """
         with self._lock:
             self._open()
@@ -82,7 +83,8 @@ class SandboxedProgram:
 
         Raises:
           RenderError: the template refuses the messages.
-          CompileError, LimitError: as `variables_read`.
+          LimitError: it breaks a limit.
+          CompileError: as `variables_read`.
         """
         frame = {"variables": variables, "messages": messages, "requests": requests}
         with self._lock:
@@ -104,7 +106,10 @@ class SandboxedProgram:
         if not self._process:
             self._process = _Process()
             first = {"text": self._text, **self._limits._asdict()}
-            answer = self._ask(self._process, first, _START_SECONDS)
+            try:
+                answer = self._ask(self._process, first, _START_SECONDS)
+            except LimitError as error:
+                raise CompileError(f"{error}, to be compiled") from error
             if "error" in answer:
                 self.close()
                 raise CompileError(answer["error"], answer["line"])

@@ -14,6 +14,7 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import tokenizers
 from tokenizers.pre_tokenizers import ByteLevel
 
@@ -125,6 +126,7 @@ class JsonModel:
         except Exception as error:  # the library raises no narrower type
             raise DataError(f"{origin}: the tokenizers library does not read it: {error}.") from error
         self.unk_id = _unknown_id(spec)
+        self.expresses_all = self.unk_id is None
         if self.unk_id is None:
             _check_coverage(spec, origin)
 
@@ -141,7 +143,11 @@ class JsonModel:
             head = self.encode(before + _HIDDEN[0], continuation=continuation)
             return head + self.encode(_HIDDEN[1:] + after, continuation=True)
         model = self._continued if continuation else self._fresh
-        return model.encode(text, add_special_tokens=False).ids
+        return model.encode_batch_fast([text], add_special_tokens=False)[0].ids  # without offsets: a sixth faster
+
+    def encode_array(self, text: str, *, continuation: bool) -> np.ndarray:
+        """Ids, int32."""
+        return np.array(self.encode(text, continuation=continuation), np.int32)
 
     def decode(self, ids: list[int], *, continuation: bool) -> str:
         if not continuation or not self.adds_prefix:

@@ -22,6 +22,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
+import numpy as np
+
 from sft_jax.config_schema import DataConfig
 from sft_jax.data.disguise import Disguise, disguise_conversation, texts_of
 from sft_jax.data.errors import RowError
@@ -149,10 +151,11 @@ class Renderer:
                 "Name a folder whose tokenizer_config.json gives one."
             )
         bos_id = tokenizer.token_id(tokenizer.bos_token) if tokenizer.adds_bos else None
-        text_ids = tokenizer.encode(document.text)
+        (text_ids,) = tokenizer.encode_each([document.text])
         self._check_unknown([document.text], [text_ids], document.origin)
         example = ExampleBuilder()
-        example.append([[] if bos_id is None else [bos_id], text_ids, [eos_id]], weight=1.0)
+        bos_ids, eos_ids = np.array([] if bos_id is None else [bos_id], np.int32), np.array([eos_id], np.int32)
+        example.append([bos_ids, text_ids, eos_ids], weight=1.0)
         return example.finish(document.origin, self.options.averaging)
 
     def _render_conversation(self, conversation: Conversation) -> list[TokenizedExample]:
@@ -233,13 +236,11 @@ class Renderer:
         # Encode only what lies beyond the ids so far. Their last is a control token, where every text is cut.
         beyond = turn.prompt[example.stop_at :]
         prompt_parts = self._split(beyond, disguise)
-        prompt_ids = self.tokenizer.encode_each(prompt_parts)
-        self._check_unknown(prompt_parts, prompt_ids, origin)
-
         is_written = self.facts.stop.is_written
         parts = self._split(turn.completion, disguise) + ([] if is_written else [self.stop_ids[0]])
         shares = not is_last and self._split(beyond + turn.completion, disguise) == join_parts(prompt_parts, parts)
-        ids, shares = self._encode_completion(prompt_parts, prompt_ids, parts, shares)
+        prompt_ids, ids, shares = self._encode_turn(prompt_parts, parts, shares)
+        self._check_unknown(prompt_parts, prompt_ids, origin)
         self._check_unknown(parts, ids, origin)
 
         example.append(prompt_ids[1:] if example.ids else prompt_ids, prompt_weight)
@@ -251,10 +252,10 @@ class Renderer:
             example.append(ids, weight)
         example.end_turn(turn, shares)
 
-    def _encode_completion(
-        self, prompt: Parts, prompt_ids: list[list[int]], completion: Parts, shares: bool
-    ) -> tuple[list[list[int]], bool]:
-        """Ids of a completion as a continuation of its prompt, and whether a later prompt has the same ids.
+    def _encode_turn(
+        self, prompt: Parts, completion: Parts, shares: bool
+    ) -> tuple[list[np.ndarray], list[np.ndarray], bool]:
+        """Ids of a prompt, ids of a completion as a continuation of it, and whether a later prompt has the same ids.
 
         A later prompt encodes both as one text. Pieces between control tokens are encoded alone, so only the piece in
         which the two meet can differ: `"assistant\\n" + "\\nHello"` may merge its newlines into one token. Where that
@@ -264,16 +265,17 @@ class Renderer:
           shares: whether the question arises; if not, the answer is no.
         """
         encode_each = self.tokenizer.encode_each
+        prompt_ids, ids = encode_each(prompt), encode_each(completion, continuation=bool(prompt))
         if shares and prompt and isinstance(completion[0], str):
             if isinstance(prompt[-1], str):
                 joint = encode_each([*prompt[-2:-1], prompt[-1] + completion[0]])[-1]
                 border = len(prompt_ids[-1])
-                if joint[:border] == prompt_ids[-1]:
-                    return [joint[border:], *encode_each(completion[1:])], True
-                shares = False
+                shares = np.array_equal(joint[:border], prompt_ids[-1])
+                if shares:
+                    ids[0] = joint[border:]
             else:
                 shares = prompt[-1] not in self.tokenizer.restarting
-        return encode_each(completion, continuation=bool(prompt)), shares
+        return prompt_ids, ids, shares
 
     def _split(self, text: str, disguise: Disguise | None) -> Parts:
         parts = self.tokenizer.control.split(text)
@@ -281,15 +283,15 @@ class Renderer:
             parts = [disguise.reveal(part) if isinstance(part, str) else part for part in parts]
         return parts
 
-    def _check_unknown(self, parts: Sequence[int | str], ids: list[list[int]], origin: Origin) -> None:
+    def _check_unknown(self, parts: Sequence[int | str], ids: list[np.ndarray], origin: Origin) -> None:
         unk_id = self.tokenizer.unk_id
-        if not any(unk_id in part_ids for part_ids in ids):
+        if self.tokenizer.model.expresses_all or not any(unk_id in part_ids for part_ids in ids):
             return
         for part, part_ids in zip(parts, ids, strict=True):
             if not isinstance(part, str) or unk_id not in part_ids:
                 continue
             if self.options.unknown_tokens == "keep":
-                self.counts["unknown_tokens"] += part_ids.count(unk_id)
+                self.counts["unknown_tokens"] += int(np.count_nonzero(part_ids == unk_id))
                 continue
             unknown = [c for c in dict.fromkeys(part) if unk_id in self.tokenizer.encode(c, continuation=True)]
             names = ", ".join(f"{c!r} (U+{ord(c):04X})" for c in unknown[:5]) or "a part of it"

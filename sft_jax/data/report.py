@@ -84,7 +84,7 @@ class Account:
             self.tokens += length
             self.supervised_tokens += int(np.count_nonzero(example.loss_weights))
             _add_counts(self.lengths, {1 << (length - 1).bit_length(): 1})
-        _add_counts(self.rendering, dict(sorted(rendering.items())))
+        _add_counts(self.rendering, {name: rendering[name] for name in sorted(rendering) if rendering[name]})
         _add_counts(self.kept, kept)
         _add_counts(self.ignored_fields, dict.fromkeys(sorted(ignored), 1))
         if fit.is_changed:

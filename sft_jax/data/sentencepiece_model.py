@@ -23,6 +23,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import sentencepiece
 from google.protobuf.message import DecodeError
 from sentencepiece import sentencepiece_model_pb2 as pb
@@ -98,6 +99,8 @@ class SentencePieceModel:
         running.normalizer_spec.add_dummy_prefix = False
         self._continued = sentencepiece.SentencePieceProcessor(model_proto=running.SerializeToString())
         self.unk_id: int | None = self._processor.unk_id()
+        num_bytes = sum(piece.type == Piece.BYTE for piece in running.pieces)
+        self.expresses_all = bool(running.trainer_spec.byte_fallback and num_bytes == 256)
 
     def special_tokens(self) -> dict[str, str]:
         """Role -> text, as the file declares them."""
@@ -111,16 +114,21 @@ class SentencePieceModel:
         return i if i < self.num_ids and self.proto.pieces[i].piece == text else None
 
     def encode(self, text: str, *, continuation: bool) -> list[int]:
+        return self.encode_array(text, continuation=continuation).tolist()
+
+    def encode_array(self, text: str, *, continuation: bool) -> np.ndarray:
+        """Ids, int32."""
         if not self._changes_text:
-            return self._continued.encode(text if continuation or not self.adds_prefix else " " + text)
+            whole = text if continuation or not self.adds_prefix else " " + text
+            return self._continued.encode(whole, return_type="numpy")
         if SENTINEL in text:  # a row's own: encoded in two halves, which the model does not match
             before, after = text.split(SENTINEL, 1)
-            head = self.encode(before + SENTINEL[0], continuation=continuation)
-            return head + self.encode(SENTINEL[1:] + after, continuation=True)
+            head = self.encode_array(before + SENTINEL[0], continuation=continuation)
+            return np.concatenate([head, self.encode_array(SENTINEL[1:] + after, continuation=True)])
         if not continuation:
-            return self._processor.encode(text)
-        ids = self._processor.encode(SENTINEL + text)
-        return ids[ids.index(self._sentinel_id) + 1 :]
+            return self._processor.encode(text, return_type="numpy")
+        ids = self._processor.encode(SENTINEL + text, return_type="numpy")
+        return ids[np.flatnonzero(ids == self._sentinel_id)[0] + 1 :]
 
     def decode(self, ids: list[int], *, continuation: bool) -> str:
         if not self._changes_text:

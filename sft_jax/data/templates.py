@@ -1,9 +1,9 @@
 """Messages -> text, by a chat template in Jinja, exactly as transformers' `apply_chat_template` renders it.
 
 A template comes from a name (`BUILTIN_TEMPLATES`), from a file, or from the tokenizer's own folder. Ours are rendered
-here; all others in a process of their own, with limits. The text is exported with the trained model, headed by defaults
-for the variables that it was trained with (`{% if enable_thinking is not defined %}{% set enable_thinking = false %}`):
-what was trained is what serves.
+here; all others are compiled and rendered in a process of their own, with limits. The text is exported with the trained
+model, headed by defaults for the variables that it was trained with (`{% if enable_thinking is not defined %}{% set
+enable_thinking = false %}...`): what was trained is what serves.
 """
 
 import difflib
@@ -17,7 +17,7 @@ from typing import Any
 
 import jinja2
 
-from sft_jax.data.jinja_program import JinjaProgram, make_environment
+from sft_jax.data.jinja_program import JinjaProgram
 from sft_jax.data.jinja_sandbox import DEFAULT_LIMITS, CompileError, LimitError, Limits, RenderError, SandboxedProgram
 from sft_jax.data.tokenizer import Tokenizer
 from sft_jax.data.tokenizer_files import SPECIAL_ROLES
@@ -48,6 +48,8 @@ class ChatTemplate:
       name: as messages call it: a built-in name, a path, or the tokenizer's folder.
       text: the Jinja text to export; empty where there is no template, and then `render` refuses.
       kwargs: the user's variables.
+      variables_read: names that the template reads, so that `kwargs` can give them a value to some effect; and those
+        that it sets in a branch only.
       reads_clock: whether a rendering has asked for today's date (`strftime_now`) with no date given as `now`.
     """
 
@@ -62,7 +64,7 @@ class ChatTemplate:
         """`variables` are the tokenizer's (`bos_token`, ...), `kwargs` the user's.
 
         Raises:
-          ConfigError: a syntax error, or a `now` that is no ISO date.
+          ConfigError: the template cannot be compiled, or not within the limits; a `now` that is no ISO date.
         """
         self.name = name
         self.reads_clock = False
@@ -72,9 +74,12 @@ class ChatTemplate:
         if text in _own_texts():
             self._program, self._failures = JinjaProgram(text, sandboxed=False), _FAILURES
         else:
-            _check_syntax(name, text)
             self._program, self._failures = SandboxedProgram(text, limits), (RenderError,)
         self._set_kwargs(kwargs)
+        try:
+            self.variables_read = frozenset(self._program.variables_read() - {*_RESERVED})
+        except CompileError as error:
+            raise self._config_error(error) from error
 
     def _set_kwargs(self, kwargs: Mapping[str, Any]) -> None:
         if "now" in kwargs:
@@ -100,14 +105,6 @@ class ChatTemplate:
         """End the process that renders, if there is one; the next rendering starts another."""
         if isinstance(self._program, SandboxedProgram):
             self._program.close()
-
-    @functools.cached_property
-    def variables_read(self) -> frozenset[str]:
-        """Names of the variables that `config.data.chat_template_kwargs` can give to some effect."""
-        try:
-            return frozenset(self._program.variables_read() - {*_RESERVED})
-        except (CompileError, LimitError) as error:
-            raise self._config_error(error) from error
 
     @functools.cached_property
     def tool_arguments(self) -> str:
@@ -136,7 +133,7 @@ class ChatTemplate:
           tools: schemas, exactly as the template shall see them.
 
         Raises:
-          ConfigError: there is no template, or it cannot be compiled.
+          ConfigError: there is no template.
           TemplateError: the template refuses these messages, or breaks a limit on them.
         """
         return self.render_each([(messages, add_generation_prompt)], tools)[0]
@@ -207,26 +204,14 @@ class ChatTemplate:
         found = tuple(name for name in _REASONING_NAMES if re.search(rf"\b{name}\b", self.text))
         return found or _REASONING_NAMES[:1]
 
-    def _config_error(self, error: CompileError | LimitError) -> ConfigError:
-        line = getattr(error, "line", None)
-        where = f"config.data.chat_template: {self.name}" + (f", line {line}" if line else "")
+    def _config_error(self, error: CompileError) -> ConfigError:
+        where = f"config.data.chat_template: {self.name}" + (f", line {error.line}" if error.line else "")
         return ConfigError(f"{where}: {error}. Mend the template.")
 
 
 def _roles(messages: Sequence[Mapping[str, Any]], requests: Sequence[tuple[Sequence[int], bool]]) -> str:
     longest = max((numbers for numbers, _ in requests), key=len)
     return ", ".join(messages[i]["role"] for i in longest)
-
-
-def _check_syntax(name: str, text: str) -> None:
-    """Parsing alone evaluates nothing; what it lets pass, compiling in the other process may still refuse."""
-    try:
-        make_environment(sandboxed=True).parse(text)
-    except jinja2.TemplateSyntaxError as error:
-        where = f"config.data.chat_template: {name}, line {error.lineno}"
-        raise ConfigError(f"{where}: {error.message}. Mend the template.") from error
-    except (RecursionError, ValueError) as error:  # nested too deeply; a number too long
-        raise ConfigError(f"config.data.chat_template: {name}: {error}. Mend the template.") from error
 
 
 @functools.cache

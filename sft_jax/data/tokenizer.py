@@ -12,12 +12,13 @@ piece is a `continuation`, which gets none of the space pieces that sentencepiec
 import dataclasses
 import functools
 import hashlib
-import itertools
 import json
 import logging
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
+
+import numpy as np
 
 from sft_jax.data.control_tokens import ControlToken, ControlTokens, is_text, merge_control_tokens
 from sft_jax.data.json_model import JsonModel, json_control_tokens, restarting_tokens
@@ -30,6 +31,7 @@ from sft_jax.datatypes import ConfigError, DataError
 logger = logging.getLogger(__name__)
 
 _SHORT = 16  # characters
+_NOTHING = np.empty(0, np.int32)
 
 
 TextModel = SentencePieceModel | JsonModel
@@ -100,31 +102,37 @@ class Tokenizer:
                 continuation = token_id not in self.restarting
         return "".join(out)
 
-    def encode_each(self, parts: Iterable[int | str], *, continuation: bool = False) -> list[list[int]]:
-        """Ids of each part of a text that `control.split` has cut.
+    def encode_each(self, parts: Iterable[int | str], *, continuation: bool = False) -> list[np.ndarray]:
+        """Ids, int32, of each part of a text that `control.split` has cut.
 
         Args:
           continuation: the first part goes on from what came before it.
         """
-        ids: list[list[int]] = []
+        ids: list[np.ndarray] = []
         for part in parts:
             if isinstance(part, int):
-                ids.append([part])
+                ids.append(self._control_arrays[part])
                 continuation = part not in self.restarting
             elif len(part) <= _SHORT:
                 ids.append(self._encode_short(part, continuation))
             else:
-                ids.append(self.encode(part, continuation=continuation))
+                ids.append(self.model.encode_array(part, continuation=continuation))
         return ids
 
     @functools.cached_property
-    def _encode_short(self) -> Callable[[str, bool], list[int]]:
+    def _control_arrays(self) -> dict[int, np.ndarray]:
+        return {token_id: np.array([token_id], np.int32) for token_id in self.control.texts}
+
+    @functools.cached_property
+    def _encode_short(self) -> Callable[[str, bool], np.ndarray]:
         """Remembers what templates write between control tokens, such as `"\\n"` and `"assistant\\n"`."""
-        return functools.lru_cache(maxsize=1024)(lambda text, after: self.encode(text, continuation=after))
+        return functools.lru_cache(maxsize=1024)(
+            lambda text, after: np.array(self.encode(text, continuation=after), np.int32)
+        )
 
     def encode_parts(self, parts: Iterable[int | str]) -> list[int]:
         """Ids of a text that `control.split` has cut, in a row."""
-        return list(itertools.chain.from_iterable(self.encode_each(parts)))
+        return np.concatenate([_NOTHING, *self.encode_each(parts)]).tolist()
 
     def fingerprint(self) -> str:
         """sha256, hex, over what determines encoding: model, control tokens, prefix rule, BOS and EOS."""

@@ -48,6 +48,9 @@ class Lost:
         )
 
 
+_NOTHING_LOST = Lost()
+
+
 class FitResult(NamedTuple):
     examples: list[TokenizedExample]
     lost: Lost
@@ -86,11 +89,17 @@ def fit_examples(
       RowError: whatever the renderer finds; `nothing_supervised`, there was none to begin with.
     """
     examples = renderer.render(row)
-    if not examples or not all(np.count_nonzero(example.loss_weights) for example in examples):
+    longest = 0
+    for example in examples:
+        longest = max(longest, len(example))
+        if not np.count_nonzero(example.loss_weights):
+            longest = 0
+            break
+    if not longest:
         # So every example has a supervised token, hence every row that is not padding, hence every batch.
         raise RowError("nothing_supervised", row.origin, "has no token to train on. Remove the row.")
-    if max(map(len, examples)) <= max_seq_len:
-        return FitResult(examples, Lost(), is_changed=False)
+    if longest <= max_seq_len:
+        return FitResult(examples, _NOTHING_LOST, is_changed=False)
 
     stop_ids = renderer.stop_ids if isinstance(row, Conversation) else ()  # a document has no turns
     fitted, lost = [], Lost()

@@ -6,7 +6,7 @@ message may be missing from either: what a template leaves out, inference would 
 """
 
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 from sft_jax.data.disguise import strings_in
@@ -45,12 +45,11 @@ def render_turns(
     rendered = []
     first_new = 0  # message that no earlier turn has been checked with
     for i, prompt, whole in zip(turns, texts[::2], texts[1::2], strict=True):
-        where = f"chat template {template.name}, message {i + 1}"
         if not whole.startswith(prompt):
             at = next(k for k in range(len(whole) + 1) if whole[: k + 1] != prompt[: k + 1])
             what = (
-                f"{where}: the prompt that asks for it is no prefix of the text with it: the first goes on with "
-                f"{_head_of(prompt[at:])}, the second with {_head_of(whole[at:])}"
+                f"chat template {template.name}, message {i + 1}: the prompt that asks for it is no prefix of the text "
+                f"with it: the first goes on with {_head_of(prompt[at:])}, the second with {_head_of(whole[at:])}"
             )
             raise RowError("template", origin, f"{what}. Choose another template.")
         message = messages[i]
@@ -59,15 +58,14 @@ def render_turns(
         if facts.stop.is_written:
             end = whole.rfind(stop, len(prompt)) + len(stop)
             if end < len(stop):
-                what = f"{where}: is not followed by the stop token {stop!r}"
+                what = f"chat template {template.name}, message {i + 1}: is not followed by the stop token {stop!r}"
                 raise RowError("template", origin, f"{what}. Choose another template.")
         completion = whole[len(prompt) : end]
-        missing = [
-            *(name for name in map(_name_of, tools if not first_new else ()) if not _holds(prompt, name)),
-            *(text for k in range(first_new, i) for text in _texts_before(messages[k]) if not _holds(prompt, text)),
-        ]
-        if missing or any(not _holds(completion, text) for text in _texts_of(message)):
-            what = _what_is_missing(messages, tools, first_new, i, prompt, completion)
+        what = "" if first_new or not tools else _what_is_missing_of_tools(tools, prompt)
+        what = (
+            what or _what_is_missing_before(messages, first_new, i, prompt) or _what_is_missing(message, i, completion)
+        )
+        if what:
             raise RowError(
                 "template_leaves_out",
                 origin,
@@ -89,25 +87,6 @@ def _holds(text: str, part: str) -> bool:
     return part in text or json.dumps(part, ensure_ascii=False)[1:-1] in text or json.dumps(part)[1:-1] in text
 
 
-def _texts_before(message: Message) -> Iterator[str]:
-    """What a prompt must hold of a message that no earlier turn was checked with.
-
-    Of assistant turns that are not trained, nothing: templates rewrite history.
-    """
-    if message.role != "assistant":
-        yield message.content
-
-
-def _texts_of(message: Message) -> Iterator[str]:
-    """What a turn must hold of its message."""
-    yield message.content
-    if message.reasoning:
-        yield message.reasoning
-    for call in message.tool_calls:
-        yield call.name
-        yield from strings_in(call.arguments)
-
-
 def _name_of(tool: dict[str, Any]) -> str:
     """The name that a schema gives its tool; empty where it has another shape."""
     function = tool.get("function", tool)
@@ -115,18 +94,28 @@ def _name_of(tool: dict[str, Any]) -> str:
     return name if isinstance(name, str) else ""
 
 
-def _what_is_missing(
-    messages: Sequence[Message], tools: Sequence[dict], first: int, i: int, prompt: str, completion: str
-) -> str:
-    """Names the first thing that a template has left out, without showing it."""
-    if first == 0 and not all(_holds(prompt, _name_of(tool)) for tool in tools):
-        return "the row's tools"
+# Each names the first thing that a template has left out, without showing it; or is empty.
+
+
+def _what_is_missing_of_tools(tools: Sequence[dict], prompt: str) -> str:
+    return "" if all(_holds(prompt, _name_of(tool)) for tool in tools) else "the row's tools"
+
+
+def _what_is_missing_before(messages: Sequence[Message], first: int, i: int, prompt: str) -> str:
+    """Of assistant turns that are not trained, nothing need be there: templates rewrite history."""
     for k in range(first, i):
-        if not all(_holds(prompt, text) for text in _texts_before(messages[k])):
-            return f"message {k + 1}, of role {messages[k].role}"
-    message = messages[i]
+        message = messages[k]
+        if message.role != "assistant" and not _holds(prompt, message.content):
+            return f"message {k + 1}, of role {message.role}"
+    return ""
+
+
+def _what_is_missing(message: Message, i: int, completion: str) -> str:
     if not _holds(completion, message.content):
         return f"the content of message {i + 1}" + (", which calls tools" if message.tool_calls else "")
-    if not _holds(completion, message.reasoning):
+    if message.reasoning and not _holds(completion, message.reasoning):
         return f"the reasoning of message {i + 1}"
-    return f"a tool call, or an argument of one, of message {i + 1}"
+    for call in message.tool_calls:
+        if not all(_holds(completion, text) for text in (call.name, *strings_in(call.arguments))):
+            return f"a tool call, or an argument of one, of message {i + 1}"
+    return ""

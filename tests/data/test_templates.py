@@ -515,7 +515,7 @@ def test_a_file(tokenizer, tmp_path):
         load_template(str(path), tokenizer, {})
     path.write_text("one\ntwo {{ messages | nothing }}")
     with pytest.raises(ConfigError, match=r"mine\.jinja, line 2: No filter named 'nothing'"):
-        load_template(str(path), tokenizer, {}).render([], False)
+        load_template(str(path), tokenizer, {})
 
 
 # --- Variables -------------------------------------------------------------------------------------------------------
