@@ -205,7 +205,7 @@ def validate(config: Config) -> list[str]:
         for i, source in enumerate(sources):
             path = f"data.{group}[{i}]"
             formats = ", ".join(_SOURCE_FORMATS)
-            require(bool(source.path), f"{path}.path", "is empty. Name a file or a folder of rows.")
+            require(bool(source.path), f"{path}.path", "is empty. Name a file, a folder or a pattern.")
             require(source.format in _SOURCE_FORMATS, f"{path}.format", f"is {source.format!r}; expected {formats}.")
             errors.extend(_check_fields(source, path))
             require(names[i] not in names[:i], f"{path}.name", f"{names[i]!r} is used twice. Name each source.")

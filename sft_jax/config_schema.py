@@ -48,8 +48,7 @@ class ModelConfig:
 @dataclass(frozen=True, kw_only=True)
 class SourceConfig:
     path: str = ""
-    """A file, a folder, a pattern such as `chats/*.jsonl`, or a URL: .jsonl, .ndjson or .json (also with .gz or .zst),
-    .parquet or .arrow."""
+    """A file, a folder, a pattern such as `data/*.jsonl`, or a URL: see `sft_jax/data/source_files.py`."""
     name: str = ""
     """Name in reports and metrics; empty: the last part of the path, without its ending."""
     format: str = "auto"
@@ -102,8 +101,9 @@ class DataConfig:
     train_reasoning: bool = True
     """Whether the reasoning before an answer is trained; its marks, such as `<think>`, always are."""
     prompt_loss_weight: float = 0.0
-    """Loss weight, from 0 to 1, of what stands before a supervised turn. Tool results never have any, nor what is
-    repeated where a turn has an example of its own."""
+    """Loss weight, from 0 to 1, of what stands between one supervised turn and the next. A stretch that holds a tool
+    result or an assistant turn that is not supervised has none, nor has the prompt of a turn that has an example of its
+    own because the template rewrites history."""
     averaging: str = "token"
     """token: every supervised token counts alike. example: every example does, its weights summing to 1."""
     policies: dict[str, str] = field(default_factory=dict)

@@ -34,7 +34,7 @@ from sft_jax.data.tokenizer import Tokenizer, load_tokenizer
 from sft_jax.data.turns import Turn, render_turns
 from sft_jax.datatypes import ConfigError, Conversation, Document, Message, Origin, TokenizedExample
 
-RENDERING_VERSION = 2
+RENDERING_VERSION = 3
 """Raised when the same rows would give other ids or weights: part of the fingerprint."""
 
 
@@ -174,7 +174,7 @@ class Renderer:
         read = 0  # messages that stand in the examples so far
         for (i, weight), turn in zip(weights.items(), turns, strict=True):
             prompt_weight = self.options.prompt_loss_weight
-            if prompt_weight and any(message.role == "tool" for message in shown.messages[read:i]):
+            if prompt_weight and any(message.role in ("tool", "assistant") for message in shown.messages[read:i]):
                 prompt_weight = 0.0
             if examples and examples[-1].leads_to(turn.prompt):
                 example = examples[-1]

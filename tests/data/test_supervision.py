@@ -172,6 +172,14 @@ def test_prompt_weights(folder):
     assert [weight for weight, _ in runs(renderer, example)[1:]] == [0.5, 1, 0, 1, 0]
 
 
+def test_an_untrained_answer_is_no_prompt(folder):
+    """The row says that it is wrong: no weight of prompts brings it back."""
+    renderer = open_renderer(folder, KEEPING, prompt_loss_weight=0.5)
+    messages = (TWO.messages[0], replace(TWO.messages[1], loss_weight=0.0), *TWO.messages[2:])
+    (example,) = renderer.render(row(*messages))
+    assert trained(renderer, example) == ["<think>\n\n</think>\n\n2.<|im_end|>"]
+
+
 def test_a_repeated_prompt_is_weighted_once(folder):
     renderer = open_renderer(folder, prompt_loss_weight=0.5)
     first, second = renderer.render(TWO)
