@@ -39,7 +39,7 @@ ROWS_PER_FILE = 200
 ROWS_PER_ARRAY = 10
 """Few: brackets that do not pair make the rest of an array unreadable."""
 MAX_SECONDS = 1.0
-CHARACTERS_PER_SECOND = 100_000
+CHARACTERS_PER_SECOND = 200_000
 MAX_SEQ_LEN = 256
 """Short: many rows are over-long."""
 _MAX_REAL_ROW_BYTES = 5000
