@@ -1,6 +1,6 @@
 """An example that grows turn by turn: ids and weights appended by one call, so that they cannot part."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -60,25 +60,27 @@ def join_parts(prompt: Parts, completion: Parts) -> Parts:
     return prompt + completion
 
 
-def zero_within(
-    parts: Parts, ids: Sequence[np.ndarray], text: str, tokenizer: Tokenizer
-) -> Iterator[tuple[np.ndarray, bool]]:
-    """Runs of the ids of a completion, in order, each with whether it lies within `text`, which one part holds.
-
-    A token that straddles the border counts as outside.
-    """
-    found = False
-    for part, part_ids in zip(parts, ids, strict=True):
-        at = part.find(text) if isinstance(part, str) and not found else -1
-        if at < 0:
-            yield part_ids, False
+def split_reasoning(
+    parts: Parts, ids: Sequence[np.ndarray], reasoning: str, opens: str, tokenizer: Tokenizer
+) -> list[tuple[np.ndarray, bool]]:
+    """Runs of the ids of a completion, in order, each with whether it is of the reasoning: the text behind the mark
+    that opens it, which may stand in the prompt already. A token that straddles the border counts as outside."""
+    texts = [tokenizer.control.texts[part] if isinstance(part, int) else part for part in parts]
+    is_open, is_found = not any(opens in text for text in texts), False
+    runs: list[tuple[np.ndarray, bool]] = []
+    for part, text, part_ids in zip(parts, texts, ids, strict=True):
+        at = -1
+        if not is_found and (is_open or opens in text):
+            at = text.find(reasoning, 0 if is_open else text.find(opens) + len(opens))
+            is_open = True
+        if at < 0 or isinstance(part, int):
+            runs.append((part_ids, False))
             continue
-        assert isinstance(part, str)
-        found = True
-        start, end = (
-            _num_shared(tokenizer.encode(part[:k], continuation=True), part_ids) for k in (at, at + len(text))
-        )
-        yield from ((part_ids[:start], False), (part_ids[start:end], True), (part_ids[end:], False))
+        is_found = True
+        heads = (tokenizer.encode(text[:k], continuation=True) for k in (at, at + len(reasoning)))
+        start, end = (_num_shared(head, part_ids) for head in heads)
+        runs += ((part_ids[:start], False), (part_ids[start:end], True), (part_ids[end:], False))
+    return runs
 
 
 def _num_shared(a: Sequence[int], b: np.ndarray) -> int:

@@ -27,7 +27,7 @@ import numpy as np
 from sft_jax.config_schema import DataConfig
 from sft_jax.data.disguise import Disguise, disguise_conversation, texts_of
 from sft_jax.data.errors import RowError
-from sft_jax.data.example_builder import ExampleBuilder, Parts, join_parts, zero_within
+from sft_jax.data.example_builder import ExampleBuilder, Parts, join_parts, split_reasoning
 from sft_jax.data.template_probe import check_reasoning_is_chosen, probe_template
 from sft_jax.data.templates import ChatTemplate, TemplateError, load_template
 from sft_jax.data.tokenizer import Tokenizer, load_tokenizer
@@ -246,7 +246,14 @@ class Renderer:
         example.append(prompt_ids[1:] if example.ids else prompt_ids, prompt_weight)
         if turn.message.reasoning and not self.options.train_reasoning:
             reasoning = disguise.reveal(turn.message.reasoning) if disguise else turn.message.reasoning
-            for run_ids, is_reasoning in zero_within(parts, ids, reasoning.strip(), self.tokenizer):
+            marks = self.facts.reasoning
+            runs = split_reasoning(parts, ids, reasoning.strip(), marks.opens, self.tokenizer) if marks else []
+            if not any(is_reasoning for _, is_reasoning in runs):
+                what = f"chat template {self.template.name} writes reasoning so that it cannot be told from the answer"
+                raise RowError(
+                    "template", origin, f"{what}. Set config.data.train_reasoning = True, or choose another."
+                )
+            for run_ids, is_reasoning in runs:
                 example.append([run_ids], 0.0 if is_reasoning else weight)
         else:
             example.append(ids, weight)

@@ -56,9 +56,12 @@ def render_turns(
         stop = facts.call_stop if message.tool_calls else facts.stop.text
         end = len(whole)
         if facts.stop.is_written:
-            end = whole.rfind(stop, len(prompt)) + len(stop)
+            end = whole.find(stop, len(prompt)) + len(stop)
             if end < len(stop):
                 what = f"chat template {template.name}, message {i + 1}: is not followed by the stop token {stop!r}"
+                raise RowError("template", origin, f"{what}. Choose another template.")
+            if whole.find(stop, end) >= 0:  # which of them ends the answer would be a guess
+                what = f"chat template {template.name}, message {i + 1}: is followed by {stop!r} more than once"
                 raise RowError("template", origin, f"{what}. Choose another template.")
         completion = whole[len(prompt) : end]
         what = "" if first_new or not tools else _what_is_missing_of_tools(tools, prompt)

@@ -121,6 +121,24 @@ def test_reasoning_can_be_read_only(folder):
     assert example.ids.tolist() == plain.ids.tolist()
 
 
+def test_reasoning_is_found_behind_its_mark(folder):
+    text = KEEPING.replace("<think>", "<reason>").replace("</think>", "</reason>")  # no control tokens
+    renderer = open_renderer(folder, text, train_reasoning=False)
+    (example,) = renderer.render(row(user("Hi"), assistant("Yo", reasoning="reason")))
+    assert trained(renderer, example) == ["<reason>\n", "\n</reason>\n\nYo<|im_end|>"]
+
+
+def test_reasoning_that_cannot_be_told_apart_is_refused(folder):
+    for text in (
+        KEEPING.replace("(m.reasoning_content or '')", "(m.reasoning_content or '') | tojson"),
+        KEEPING.replace("'<think>\\n' + ", "").replace("'\\n</think>\\n\\n'", "'\\n'"),
+    ):
+        assert text != KEEPING
+        renderer = open_renderer(folder, text, train_reasoning=False)
+        with pytest.raises(RowError, match=r"cannot be told from the answer\. Set config"):
+            renderer.render(row(user("Hi"), assistant("Yo", reasoning='Say "Yo".')))
+
+
 def test_turns_by_weight(folder):
     renderer = open_renderer(folder, KEEPING)
     messages = (TWO.messages[0], replace(TWO.messages[1], loss_weight=0.25), *TWO.messages[2:])
@@ -233,6 +251,12 @@ def test_a_turn_that_does_not_begin_with_its_prompt(folder):
     renderer = open_renderer(folder, text, {"think": True})
     with pytest.raises(RowError, match=r"message 2: .* first goes on with '<think>.n', the second with 'odd<|im_end|>"):
         renderer.render(row(user("Hi"), assistant("odd")))
+
+
+def test_a_stop_token_after_the_answer_s_own_is_refused(folder):
+    text = KEEPING + "{{ '<|im_start|>system\\nStay safe.<|im_end|>' if messages[-1].role == 'assistant' else '' }}"
+    with pytest.raises(RowError, match=r"message 2: is followed by '<\|im_end\|>' more than once. Choose"):
+        open_renderer(folder, text).render(row(user("Hi"), assistant("Yo")))
 
 
 def test_calls_may_end_in_a_token_of_their_own(folder, tmp_path):
