@@ -3,6 +3,7 @@
 import dataclasses
 import hashlib
 import json
+import re
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -49,10 +50,10 @@ class SourceConfig:
     path: str = ""
     """A file, a folder, a pattern such as `data/*.jsonl`, or a URL: see `sft_jax/data/source_files.py`."""
     name: str = ""
-    """Name in reports and metrics; empty: the file's stem."""
+    """Name in reports and metrics; empty: the last part of the path, without its ending."""
     format: str = "auto"
-    """auto, messages, sharegpt, alpaca, prompt_completion or text: see `sft_jax/data/formats.py`. auto takes the first
-    row's and holds every row to it."""
+    """auto, messages, sharegpt, alpaca, prompt_completion or text: see `docs/formats.md`. auto takes, for each file,
+    that of the first row that has one, and holds every row to it."""
     fields: dict[str, str] = field(default_factory=dict)
     """Our name of a field -> the row's, for example `dict(prompt="question", completion="answer")`; dots lead into
     objects and lists, as in `dict(output="instances.0.output")`."""
@@ -87,7 +88,7 @@ class DataConfig:
     """A Jinja file, or one of ours: chatml, llama2, llama3, llama3.1, qwen2.5, qwen3, gemma, gemma3, mistral-v1,
     mistral-v3, mistral-v7, zephyr, phi3, phi4, olmo2, granite, deepseek, plain. Empty: the tokenizer folder's own."""
     chat_template_kwargs: dict[str, Any] = field(default_factory=dict)
-    """Extra variables of the template, such as `enable_thinking`."""
+    """Extra variables of the template, such as `enable_thinking`; `now`, an ISO date, is the date that it writes."""
     stop_token: str = ""
     """Text of the token that ends an assistant turn; empty: found from the template."""
     new_tokens: tuple[str, ...] = ()
@@ -271,5 +272,6 @@ class Config:
 
 
 def source_name(source: SourceConfig) -> str:
-    """The name of a source in reports and metrics: its own, or its file's stem."""
-    return source.name or source.path.rsplit("/", 1)[-1].removesuffix(".jsonl")
+    """The name of a source in reports and metrics: its own, or the last part of its path without the ending."""
+    last = source.path.rstrip("/").rsplit("/", 1)[-1]
+    return source.name or re.sub(r"\.(jsonl|ndjson|json|parquet|arrow)(\.gz|\.zst)?$", "", last)

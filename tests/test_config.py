@@ -10,7 +10,7 @@ import pytest
 import sft_jax
 from sft_jax.command_line import read_config
 from sft_jax.config import MESH_AXES, default_config, from_config_dict, validate
-from sft_jax.config_schema import Config
+from sft_jax.config_schema import Config, SourceConfig, source_name
 from sft_jax.datatypes import ConfigError
 
 ROOT = Path(sft_jax.__file__).parent
@@ -132,6 +132,20 @@ def test_refuses(path, value, message):
     with pytest.raises(ConfigError) as error:
         from_config_dict(config)
     assert message in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("path", "name"),
+    [
+        ("a/chats.jsonl", "chats"),
+        ("a/chats.v2.json.gz", "chats.v2"),
+        ("gs://bucket/chats/", "chats"),
+        ("chats/*.parquet", "*"),
+    ],
+)
+def test_a_source_is_named_after_its_path(path, name):
+    assert source_name(SourceConfig(path=path)) == name
+    assert source_name(SourceConfig(path=path, name="own")) == "own"
 
 
 def test_policies_and_fields_of_sources():

@@ -73,6 +73,12 @@ def test_the_rows_of_the_data_page_are_of_their_formats():
         assert not ignored_fields(row, format)
 
 
+def test_the_house_page_has_every_file_of_data():
+    page = (ROOT / "docs" / "house.md").read_text()
+    files = {path.name for path in (ROOT / "sft_jax" / "data").glob("*.py")} - {"__init__.py"}
+    assert [name for name in sorted(files) if not re.search(rf"[`/ ]{re.escape(name)}[` ]", page)] == []
+
+
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
 def test_links_lead_somewhere(page):
     for link in re.findall(r"\]\(([^)#]+)\)", page.read_text()):

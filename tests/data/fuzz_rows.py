@@ -1,4 +1,5 @@
-"""Mutated rows through reading and parsing: whatever is raised is a DataError, and none takes over a second.
+"""Mutated rows through reading, parsing, rendering and fitting: whatever is raised is a DataError, and none takes over
+a second.
 
     python tests/data/fuzz_rows.py --rows 1000000 --seed 0
 
@@ -7,7 +8,8 @@ files of a few hundred, as JSON lines or as an array, so that what a broken row 
 """
 
 import argparse
-import copy
+import dataclasses
+import itertools
 import json
 import os
 import random
@@ -17,22 +19,32 @@ import tempfile
 import time
 import traceback
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from sft_jax.config import _SOURCE_FORMATS
+from tiny_tokenizers import write_byte_level, write_sentencepiece
+
+from sft_jax.config import _CHOICES, _SOURCE_FORMATS
+from sft_jax.config_schema import DataConfig
 from sft_jax.data.conversations import ignored_fields, parse_row
 from sft_jax.data.errors import RowError
+from sft_jax.data.rendering import open_renderer
 from sft_jax.data.sources import BadRow, read_rows
+from sft_jax.data.too_long import fit_examples
 from sft_jax.datatypes import Conversation, DataError, Document, RawRow
 
 ROWS_PER_FILE = 200
 ROWS_PER_ARRAY = 10
 """Few: brackets that do not pair make the rest of an array unreadable."""
 MAX_SECONDS = 1.0
+CHARACTERS_PER_SECOND = 200_000
+MAX_SEQ_LEN = 256
+"""Short: many rows are over-long."""
 _MAX_REAL_ROW_BYTES = 5000
+
+Render = Callable[[Conversation | Document], object]
 
 EXAMPLES: list[dict[str, Any]] = [
     {
@@ -146,7 +158,7 @@ class Mutator:
     def __call__(self, random: random.Random) -> bytes:
         row, other = (random.choice(random.choice([EXAMPLES, self._real_rows])) for _ in range(2))
         if random.random() < 0.6:
-            row = copy.deepcopy(row)
+            row = _copy(row)
             for _ in range(random.randint(1, 3)):
                 _change_value(row, other, random)
         text = json.dumps(row, ensure_ascii=random.random() < 0.5).encode()
@@ -172,9 +184,9 @@ def _change_value(row: dict[str, Any], other: dict[str, Any], random: random.Ran
         case 2 if isinstance(container, dict):
             container[random.choice(_KEYS)] = container.pop(key)
         case 2 | 3 if isinstance(container, list):
-            container.insert(random.randint(0, len(container)), copy.deepcopy(container[key]))
+            container.insert(random.randint(0, len(container)), _copy(container[key]))
         case 3:
-            container[random.choice(_KEYS)] = copy.deepcopy(container[key])
+            container[random.choice(_KEYS)] = _copy(container[key])
         case 4:
             container[key] = random.choice([[container[key]], {"text": container[key]}, json.dumps(container[key])])
         case 5:
@@ -186,9 +198,14 @@ def _change_value(row: dict[str, Any], other: dict[str, Any], random: random.Ran
 
 def _any_value(other: dict[str, Any], random: random.Random) -> Any:
     return random.choice(
-        [None, True, False, [], {}, [None], random.choice(_NUMBERS), random.choice(_STRINGS), copy.deepcopy(other)]
-        + [copy.deepcopy(value) for value in other.values()]
+        [None, True, False, [], {}, [None], random.choice(_NUMBERS), random.choice(_STRINGS), _copy(other)]
+        + [_copy(value) for value in other.values()]
     )
+
+
+def _copy(value: Any) -> Any:
+    """Deeper than `copy.deepcopy` goes: three changes may have made 900 levels."""
+    return json.loads(json.dumps(value))
 
 
 def _containers(value: Any) -> Iterator[Any]:
@@ -241,17 +258,51 @@ class Account:
     verdicts: Counter[str] = field(default_factory=Counter)
     failures: list[str] = field(default_factory=list)
     """What must not happen, with the text of the file in which it did."""
-    max_seconds: float = 0.0
-    """The most CPU time that one row took to read, to parse under every format, or to render."""
+    slowest: dict[str, tuple[float, str]] = field(default_factory=dict)
+    """The most CPU time that one row took to read and to parse under every format, and to render with each template;
+    and the row, or as much of it as can be shown."""
+
+    def add_time(self, stage: str, seconds: float, row: object) -> None:
+        """Reading may take a second; rendering may for each `CHARACTERS_PER_SECOND` of the row: a million characters
+        are a million tokens to a small tokenizer, each of them encoded as often as a policy renders it."""
+        if seconds > self.slowest.get(stage, (0.0, ""))[0]:
+            self.slowest[stage] = seconds, f"{row!r:.300}"
+        if seconds > MAX_SECONDS and (
+            stage == "reading" or seconds > MAX_SECONDS * len(repr(row)) / CHARACTERS_PER_SECOND
+        ):
+            self.failures.append(f"{stage} took {seconds:.2f} s for {row!r:.20000}")
 
 
-def main(
-    num_rows: int, seed: int, render: Callable[[Conversation | Document], object] | None = None, max_failures: int = 5
-) -> Account:
+def open_renders(folder: Path) -> dict[str, Render]:
+    """For each template: renders a row, and fits it by each policy in turn."""
+    byte_level, sentencepiece = write_byte_level(folder / "byte_level"), write_sentencepiece(folder / "sentencepiece")
+    llama_tokens = ("<|begin_of_text|>", "<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>", "<|eom_id|>")
+    data = {
+        # One takes text alone; one takes tools and reasoning, and rewrites history; one writes tools in its own way.
+        "chatml": DataConfig(tokenizer=str(byte_level)),
+        "qwen3": DataConfig(tokenizer=str(byte_level), new_tokens=("<tool_call>", "</tool_call>")),
+        "llama3.1": DataConfig(tokenizer=str(sentencepiece), new_tokens=llama_tokens),
+    }
+    return {name: _open_render(dataclasses.replace(of_name, chat_template=name)) for name, of_name in data.items()}
+
+
+def _open_render(data: DataConfig) -> Render:
+    renderer = open_renderer(data, "")
+    policies = itertools.cycle(_CHOICES["data.too_long"])
+
+    def render(row: Conversation | Document) -> None:
+        for example in fit_examples(row, renderer, MAX_SEQ_LEN, next(policies)).examples:
+            assert 0 < len(example) <= MAX_SEQ_LEN
+            assert example.loss_weights.any()
+
+    return render
+
+
+def main(num_rows: int, seed: int, renders: Mapping[str, Render] | None = None, max_failures: int = 5) -> Account:
     """Mutate, read and parse so many rows.
 
     Args:
-      render: is given every row that parses, and may raise nothing but a DataError either.
+      renders: each is given every row that parses, and may raise nothing but a DataError either.
       max_failures: stop after so many.
     """
     chosen, account = random.Random(seed), Account()
@@ -265,7 +316,7 @@ def main(
             num_mutated += num_texts
             path = Path(folder) / f"rows.{'json' if is_array else 'jsonl'}"
             path.write_bytes(b"[" + b",\n".join(texts) + b"]" if is_array else b"\n".join(texts))
-            _read_file(path, render, account)
+            _read_file(path, renders or {}, account)
     return account
 
 
@@ -281,15 +332,11 @@ def _read_real_rows() -> list[dict[str, Any]]:
     return found
 
 
-def _read_file(
-    path: Path,
-    render: Callable[[Conversation | Document], object] | None,
-    account: Account,
-) -> None:
+def _read_file(path: Path, renders: Mapping[str, Render], account: Account) -> None:
     rows = read_rows(str(path))
     num_lines = path.read_bytes().count(b"\n") + 1
     while True:
-        start = time.process_time()
+        row, stage, start = None, "reading", time.process_time()
         try:
             row = next(rows, None)
             if row is None:
@@ -299,9 +346,15 @@ def _read_file(
             if isinstance(row, BadRow):
                 account.verdicts[f"reading: {row.reason}"] += 1
                 _check_message(f"{row.origin}: {row.message}")
-            else:
-                for format in _SOURCE_FORMATS:
-                    account.verdicts[f"{format}: {_parse(row, format, render)}"] += 1
+                continue
+            verdicts = {format: _verdict(row, _parse, row, format) for format in _SOURCE_FORMATS}
+            if verdicts["auto"] == "accepted":
+                parsed = parse_row(row, "auto")
+                for name, render in renders.items():
+                    account.add_time(stage, time.process_time() - start, row)
+                    stage, start = name, time.process_time()
+                    verdicts[name] = _verdict(row, render, parsed)
+            account.verdicts.update(f"{by}: {verdict}" for by, verdict in verdicts.items())
         except DataError as error:  # of the file: its rows cannot be told apart
             account.verdicts["reading: the rest of the file"] += 1
             _check_message(str(error))
@@ -310,20 +363,19 @@ def _read_file(
             account.failures.append(f"{traceback.format_exc()}\nin {path.read_bytes()!r:.20000}")
             return
         finally:
-            seconds = time.process_time() - start
-            account.max_seconds = max(account.max_seconds, seconds)
-            if seconds > MAX_SECONDS:
-                account.failures.append(f"took {seconds:.2f} s in {path.read_bytes()!r:.20000}")
+            account.add_time(stage, time.process_time() - start, row)
 
 
-def _parse(row: RawRow, format: str, render: Callable[[Conversation | Document], object] | None) -> str:
-    """The verdict on one row."""
+def _parse(row: RawRow, format: str) -> None:
+    parse_row(row, format)
+    if format != "auto":
+        ignored_fields(row, format)
+
+
+def _verdict(row: RawRow, take: Callable[..., object], *args: Any) -> str:
+    """The reason for which `take(*args)` refuses the row, or `accepted`."""
     try:
-        parsed = parse_row(row, format)
-        if format != "auto":
-            ignored_fields(row, format)
-        elif render is not None:
-            render(parsed)
+        take(*args)
     except RowError as error:
         _check_message(str(error), f"{row.origin}: ")
         return error.reason
@@ -346,9 +398,13 @@ if __name__ == "__main__":
     parser.add_argument("--rows", type=int, default=1_000_000)
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()
-    result = main(args.rows, args.seed)
+    with tempfile.TemporaryDirectory() as tokenizer_folder:
+        started = time.monotonic()
+        result = main(args.rows, args.seed, open_renders(Path(tokenizer_folder)))
     for verdict, count in sorted(result.verdicts.items()):
         print(f"{count:10,} {verdict}")
-    print(f"{args.rows:,} rows; at most {result.max_seconds:.3f} s for one; {len(result.failures)} failures")
+    print(f"{args.rows:,} rows in {time.monotonic() - started:.0f} s; {len(result.failures)} failures")
+    for stage, (seconds, row) in result.slowest.items():
+        print(f"{stage}: at most {seconds:.3f} s, for {row}")
     print("\n\n".join(result.failures))
     sys.exit(bool(result.failures))
