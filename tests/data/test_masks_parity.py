@@ -12,22 +12,16 @@ from datetime import date
 
 import numpy as np
 import pytest
+from template_survey import CALL, FUNCTION, ORIGIN
 
 from sft_jax.data.rendering import Renderer
 from sft_jax.data.templates import ChatTemplate, TemplateError
 from sft_jax.data.tokenizer import load_tokenizer
-from sft_jax.datatypes import ConfigError, Conversation, DataError, Message, Origin, ToolCall
+from sft_jax.datatypes import ConfigError, Conversation, DataError, Message
 
 transformers = pytest.importorskip("transformers")
 pytestmark = pytest.mark.parity
 
-ORIGIN = Origin("chats.jsonl", 7)
-CALL = ToolCall("get_weather", {"city": "Paris"}, '{"city": "Paris"}', id="call00001")
-FUNCTION = {
-    "name": "get_weather",
-    "description": "Weather of a city.",
-    "parameters": {"type": "object", "properties": {"city": {"type": "string", "description": "Its name."}}},
-}
 TOOLS = ({"type": "function", "function": FUNCTION},)
 
 
