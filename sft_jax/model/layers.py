@@ -1,4 +1,4 @@
-"""The parts of a decoder layer: linear maps, normalisation, rotary positions, attention heads, MLP.
+"""The parts of a decoder layer: normalisation, rotary positions, attention heads, MLP.
 
 Modules keep parameters in the dtype they were made with and compute in the dtype of their input. They are plain
 pytrees: `jax.vmap` over keys makes a stack of layers and `jax.lax.scan` runs it. A layer knows nothing of masks, caches
@@ -17,29 +17,12 @@ from jax.sharding import AbstractMesh, Mesh
 from jax.typing import DTypeLike
 
 from sft_jax.model.families import TransformerConfig
+from sft_jax.model.linear import Linear
 from sft_jax.sharding import constrain
 from sft_jax.typing import Array, Float, Int, Key
 
 # (q [B, L, N, H], k [B, L, K, H], v [B, L, K, H]) -> (out [B, L, N, H], what the kernel carries on, such as a cache)
 Attend = Callable[[Array, Array, Array], tuple[Array, Any]]
-
-
-class Linear(nnx.Module):
-    """A linear map from some trailing dims to others: kernel [*in_dims, *out_dims], no bias."""
-
-    def __init__(
-        self, in_dims: tuple[int, ...], out_dims: tuple[int, ...], stddev: float, key: Array, dtype: DTypeLike
-    ):
-        self.num_in = len(in_dims)
-        self.kernel = nnx.Param(stddev * jax.random.normal(key, in_dims + out_dims, dtype))
-
-    def __call__(self, x: Float[Array, "B L ..."]) -> Float[Array, "B L ..."]:
-        # One plain matrix product over [B * L]: with B and L apart, XLA on CPU takes twice as long for the gradient of
-        # the kernel (33 against 18 ms for 4,096 x 288 x 768). Rows stay local, since L is not sharded.
-        kernel = self.kernel[...].astype(x.dtype)
-        size = math.prod(kernel.shape[: self.num_in])
-        y_TO = x.reshape(-1, size) @ kernel.reshape(size, -1)
-        return y_TO.reshape(*x.shape[:2], *kernel.shape[self.num_in :])
 
 
 class RMSNorm(nnx.Module):

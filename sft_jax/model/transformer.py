@@ -28,7 +28,8 @@ from jax.typing import DTypeLike
 from sft_jax.datatypes import ConfigError
 from sft_jax.model.attention import Rows, attend
 from sft_jax.model.families import TransformerConfig
-from sft_jax.model.layers import DecoderLayer, Linear, RMSNorm, rope_for
+from sft_jax.model.layers import DecoderLayer, RMSNorm, rope_for
+from sft_jax.model.linear import Linear
 from sft_jax.sharding import constrain
 from sft_jax.typing import Array, Float, Int, Key
 

@@ -7,7 +7,8 @@ import numpy as np
 import pytest
 
 from sft_jax.model.families import PRESETS
-from sft_jax.model.layers import Linear, RMSNorm, rope_for, rope_frequencies, rotate
+from sft_jax.model.layers import RMSNorm, rope_for, rope_frequencies, rotate
+from sft_jax.model.linear import Linear
 
 
 def test_rotation_follows_the_formula():
