@@ -92,7 +92,6 @@ class Renderer:
         self.facts = probe_template(tokenizer, template, options.stop_token)
         stops = dict.fromkeys((self.facts.stop.text, self.facts.call_stop))
         self.stop_ids: tuple[int, ...] = tuple(i for i in map(tokenizer.token_id, stops) if i is not None)
-        self._lacks_call_stop = bool(template.text) and tokenizer.token_id(self.facts.call_stop) is None
 
     def fingerprint(self) -> str:
         """sha256, hex, over everything that shapes ids and weights.
@@ -170,10 +169,6 @@ class Renderer:
         shown, disguise = disguise_conversation(conversation, self.tokenizer.control, self.template.text)
         if disguise and any(map(self.tokenizer.control.holds, texts_of(conversation))):
             self.counts["control_text"] += 1
-        if self._lacks_call_stop and any(message.tool_calls for message in conversation.messages):
-            what = f"chat template {self.template.name} ends a tool call with {self.facts.call_stop!r}"
-            hint = f"which {self.tokenizer.origin} does not have as a single token. Add it to config.data.new_tokens."
-            raise RowError("template", origin, f"{what}, {hint}")
         turns = render_turns(self.template, self.facts, shown.messages, shown.tools, list(weights), origin)
         examples: list[ExampleBuilder] = []
         read = 0  # messages that stand in the examples so far

@@ -10,6 +10,7 @@ import re
 from dataclasses import dataclass, replace
 from typing import NamedTuple
 
+from sft_jax.data.template_coverage import TemplateCoverage
 from sft_jax.data.templates import ChatTemplate, TemplateError
 from sft_jax.data.tokenizer import Tokenizer
 from sft_jax.datatypes import ConfigError, Message, ToolCall
@@ -18,6 +19,7 @@ _SYSTEM, _USER, _ANSWER = (Message(role, f"Probe {role}.") for role in ("system"
 _THOUGHT = replace(_ANSWER, reasoning="Probe reasoning.")
 _CALL = ToolCall("probe_tool", {"probe_key": "probe_value"}, '{"probe_key": "probe_value"}', id="probe0001")
 _CALLING = Message("assistant", "", tool_calls=(_CALL,))
+_RESULT = Message("tool", "Probe result.", tool_call_id=_CALL.id, name=_CALL.name)
 _SCHEMA = {
     "type": "function",
     "function": {
@@ -27,6 +29,13 @@ _SCHEMA = {
     },
 }
 _MARKER = re.compile(r"<\|[^<>|\s]+\|>|<｜[^<>｜]+｜>|<(?:start|end)_of_turn>")  # how control tokens are spelt
+# Mistral's, since version 2 of its tokenizers; version 1 and Llama-2 write `[INST]` as plain text. So a template means
+# control tokens by `[INST]` if it writes, anywhere, one of those that have come with them.
+# Source: mistralai/mistral-common, tokens/tokenizers/base.py, SpecialTokens.
+_ONLY_TOKENS = ("[AVAILABLE_TOOLS]", "[TOOL_CALLS]", "[TOOL_RESULTS]", "[SYSTEM_PROMPT]")
+_BRACKETS = re.compile(
+    r"\[/?(?:INST|AVAILABLE_TOOLS|TOOL_RESULTS|SYSTEM_PROMPT|THINK)\]|\[(?:TOOL_CALLS|TOOL_CONTENT|ARGS|CALL_ID)\]"
+)
 _OPENS = re.compile(r"(<[^<>/\s]+>|\[[A-Z_]+\])\s*$")
 _CLOSES = re.compile(r"\s*(</[^<>\s]+>|\[/[A-Z_]+\])")
 _OWN_DEFAULT = re.compile(r"\{%- if (\w+) is not defined -%\}\{%- set \1 = .*\n")  # as templates.py heads an export
@@ -46,12 +55,18 @@ class ReasoningMarks(NamedTuple):
 
 @dataclass(frozen=True)
 class TemplateFacts:
-    """What the probes showed. `call_stop` ends a turn that calls tools: `stop.text` in most templates. It may be no
-    token of the tokenizer, which matters only to rows that call some."""
+    """What the probes showed.
+
+    `call_stop` ends a turn that calls tools: `stop.text` in most templates. `lacking` are the control tokens around
+    tools, calls and results that the tokenizer does not have, which matters only to rows with some. `coverage` tells
+    what the template leaves out, as rows come.
+    """
 
     stop: StopToken
     call_stop: str
     reasoning: ReasoningMarks | None
+    lacking: tuple[str, ...]
+    coverage: TemplateCoverage
 
 
 def probe_template(tokenizer: Tokenizer, template: ChatTemplate, stop_token: str) -> TemplateFacts:
@@ -71,10 +86,18 @@ def probe_template(tokenizer: Tokenizer, template: ChatTemplate, stop_token: str
             f"config.data.stop_token: {stop_token!r} is not one control token of {tokenizer.origin}. "
             f"Add it: config.data.new_tokens = ({stop_token!r},)."
         )
+    coverage = TemplateCoverage(template)
     if not template.text:  # documents only
-        return TemplateFacts(StopToken(stop_token or tokenizer.eos_token, is_written=False), "", None)
+        return TemplateFacts(StopToken(stop_token or tokenizer.eos_token, is_written=False), "", None, (), coverage)
     stop = _find_stop(tokenizer, template, stop_token)
-    return TemplateFacts(stop, _find_call_stop(tokenizer, template, stop), _find_reasoning(template))
+    called, answered = _render_tools(template), _render_tools(template, _RESULT, _ANSWER)
+    return TemplateFacts(
+        stop,
+        _find_call_stop(tokenizer, template, stop, called),
+        _find_reasoning(template),
+        _missing_markers(tokenizer, template, called, answered),
+        coverage,
+    )
 
 
 def _find_stop(tokenizer: Tokenizer, template: ChatTemplate, stop_token: str) -> StopToken:
@@ -85,10 +108,10 @@ def _find_stop(tokenizer: Tokenizer, template: ChatTemplate, stop_token: str) ->
         raise ConfigError(f"config.data.chat_template: {error}. Choose another template.") from error
     _check_markers(tokenizer, template, prompt, whole)
     if not whole.startswith(prompt):
-        at = next(k for k in range(len(whole) + 1) if whole[: k + 1] != prompt[: k + 1])
+        asked, written = heads_of_difference(prompt, whole)
         raise ConfigError(
-            f"{where}: its generation prompt is no prefix of an assistant turn: it asks with {prompt[at:][:40]!r} and "
-            f"the turn goes on with {whole[at:][:40]!r}, so the model would be trained on what it is not asked. Set "
+            f"{where}: its generation prompt is no prefix of an assistant turn: it asks with {asked} and the turn goes "
+            f"on with {written}, so the model would be trained on what it is not asked. Set "
             "config.data.chat_template_kwargs, for example enable_thinking, or choose another template."
         )
     _, answer, after = whole[len(prompt) :].partition(_ANSWER.content)
@@ -107,34 +130,52 @@ def _find_stop(tokenizer: Tokenizer, template: ChatTemplate, stop_token: str) ->
     return StopToken(stop[-1], is_written=True)
 
 
+def heads_of_difference(prompt: str, whole: str) -> tuple[str, str]:
+    """How each text goes on from the first character in which they differ, for a message."""
+    at = next((k for k, (a, b) in enumerate(zip(prompt, whole, strict=False)) if a != b), min(len(prompt), len(whole)))
+    asked, written = (repr(text[at : at + 40]) if text[at:] else "nothing" for text in (prompt, whole))
+    return asked, written
+
+
 def _check_markers(tokenizer: Tokenizer, template: ChatTemplate, *texts: str) -> None:
     """Refuse a template that writes control tokens, or tokens with a role (bos_token, ...), that are not single ids."""
     with contextlib.suppress(TemplateError):  # it may take no system message
         texts = (*texts, template.render([_SYSTEM, _USER, _ANSWER], add_generation_prompt=True))
-    plain = "\n".join(part for text in texts for part in tokenizer.control.split(text) if isinstance(part, str))
-    missing = [*_MARKER.findall(plain), *(text for text in tokenizer.special_tokens.values() if text in plain)]
+    missing = _missing_markers(tokenizer, template, *texts)
     if missing:
-        missing = list(dict.fromkeys(missing))
         raise ConfigError(
             f"config.data.chat_template: {template.name} writes {', '.join(map(repr, missing))}, which "
             f"{tokenizer.origin} does not have as single tokens. Add them to config.data.new_tokens, as "
-            f"{tuple(missing)!r}, or choose another template."
+            f"{missing!r}, or choose another template."
         )
 
 
-def _find_call_stop(tokenizer: Tokenizer, template: ChatTemplate, stop: StopToken) -> str:
-    """The token that ends a turn which calls a tool: the stop token, or else the last one behind the call."""
+def _missing_markers(tokenizer: Tokenizer, template: ChatTemplate, *texts: str) -> tuple[str, ...]:
+    """What is a control token to the template, and plain text to the tokenizer."""
+    plain = "\n".join(part for text in texts for part in tokenizer.control.split(text) if isinstance(part, str))
+    missing = [*_MARKER.findall(plain), *(text for text in tokenizer.special_tokens.values() if text in plain)]
+    if any(token in template.text for token in _ONLY_TOKENS):
+        missing += _BRACKETS.findall(plain)
+    return tuple(dict.fromkeys(missing))
+
+
+def _render_tools(template: ChatTemplate, *after: Message) -> str:
+    """A question, a call of a tool, and what comes after it; empty for a template that does not take that, and will say
+    so of a row."""
     try:
-        text = template.render((_USER, _CALLING), add_generation_prompt=False, tools=(_SCHEMA,))
+        return template.render((_USER, _CALLING, *after), add_generation_prompt=False, tools=(_SCHEMA,))
     except TemplateError:
-        return stop.text  # it takes no tools, and will say so of a row that has some
-    _, _, after = text.rpartition(_CALL.arguments["probe_key"])
+        return ""
+
+
+def _find_call_stop(tokenizer: Tokenizer, template: ChatTemplate, stop: StopToken, called: str) -> str:
+    """The token that ends a turn which calls a tool: the stop token, or else the last one behind the call."""
+    _, _, after = called.rpartition(_CALL.arguments["probe_key"])
     parts = tokenizer.control.split(after)
     control = [tokenizer.control.texts[part] for part in parts if isinstance(part, int)]
     if stop.text in control or not stop.is_written:
         return stop.text
-    unknown = [marker for part in parts if isinstance(part, str) for marker in _MARKER.findall(part)]
-    return [stop.text, *control, *unknown][-1]
+    return [stop.text, *control, *_missing_markers(tokenizer, template, after)][-1]
 
 
 def _find_reasoning(template: ChatTemplate) -> ReasoningMarks | None:

@@ -38,7 +38,8 @@ _FAILURES = (jinja2.TemplateError, ArithmeticError, AttributeError, LookupError,
 
 
 class TemplateError(DataError):
-    """A template refused messages, failed on them, or broke a limit."""
+    """A template refused messages, failed on them, or broke a limit. Without advice or a full stop: who catches it adds
+    both."""
 
 
 class ChatTemplate:
@@ -172,10 +173,10 @@ class ChatTemplate:
             raise self._config_error(error) from error
         except LimitError as error:
             where = f"chat template {self.name} {error}, on a conversation of roles [{_roles(messages, requests)}]"
-            raise TemplateError(f"{where}. Mend the template, or choose another.") from error
+            raise TemplateError(where) from error
         except self._failures as error:
-            message = f"chat template {self.name} does not take roles [{_roles(messages, requests)}]: {error}"
-            raise TemplateError(message) from error
+            where = f"chat template {self.name} does not take roles [{_roles(messages, requests)}]"
+            raise TemplateError(f"{where}: {str(error).rstrip(' .')}") from error
         self.reads_clock |= read_clock
         return texts
 

@@ -5,13 +5,12 @@ up to it. The second must begin with the first, hold the turn's own text, and en
 message may be missing from either: what a template leaves out, inference would not see.
 """
 
-import json
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
-from sft_jax.data.disguise import strings_in
 from sft_jax.data.errors import RowError
-from sft_jax.data.template_probe import TemplateFacts
+from sft_jax.data.template_coverage import holds_text, holds_value
+from sft_jax.data.template_probe import TemplateFacts, heads_of_difference
 from sft_jax.data.templates import ChatTemplate
 from sft_jax.datatypes import Message, Origin
 
@@ -40,18 +39,26 @@ def render_turns(
       TemplateError: the template does not take these messages.
       RowError: `template`: a turn cannot be verified; `template_leaves_out`: text of the row is not in what it renders.
     """
+    if facts.lacking and (tools or any(message.tool_calls or message.role == "tool" for message in messages)):
+        what = f"chat template {template.name} writes {', '.join(map(repr, facts.lacking))} around calls of tools"
+        hint = "which the tokenizer does not have as single tokens. Add them to config.data.new_tokens, as "
+        raise RowError("template", origin, f"{what}, {hint}{facts.lacking!r}, or choose another.")
     requests = [(messages[: i + after], not after) for i in turns for after in (0, 1)]
     texts = template.render_each(requests, tools)
+    what = facts.coverage.what_is_missing(messages, tools, turns)
+    if what:
+        raise _left_out(template, what, origin)
     rendered = []
     first_new = 0  # message that no earlier turn has been checked with
     for i, prompt, whole in zip(turns, texts[::2], texts[1::2], strict=True):
         if not whole.startswith(prompt):
-            at = next(k for k in range(len(whole) + 1) if whole[: k + 1] != prompt[: k + 1])
+            asked, written = heads_of_difference(prompt, whole)
             what = (
                 f"chat template {template.name}, message {i + 1}: the prompt that asks for it is no prefix of the text "
-                f"with it: the first goes on with {_head_of(prompt[at:])}, the second with {_head_of(whole[at:])}"
+                f"with it: the first goes on with {asked}, the second with {written}"
             )
-            raise RowError("template", origin, f"{what}. Choose another template.")
+            hint = "Set config.data.chat_template_kwargs, for example enable_thinking, or choose another template."
+            raise RowError("template", origin, f"{what}. {hint}")
         message = messages[i]
         stop = facts.call_stop if message.tool_calls else facts.stop.text
         end = len(whole)
@@ -69,25 +76,23 @@ def render_turns(
             what or _what_is_missing_before(messages, first_new, i, prompt) or _what_is_missing(message, i, completion)
         )
         if what:
-            raise RowError(
-                "template_leaves_out",
-                origin,
-                f"chat template {template.name} leaves out {what}. Take it out of the row, or choose another template.",
-            )
+            raise _left_out(template, what, origin)
         rendered.append(Turn(message, prompt, completion, whole[end:], stop))
         first_new = i + 1
     return rendered
 
 
-def _head_of(text: str) -> str:
-    """The beginning of a text, for a message."""
-    return repr(text[:24]) if text else "nothing"
+def _left_out(template: ChatTemplate, what: str, origin: Origin) -> RowError:
+    hint = "Take it out of the row, choose another template, or drop such rows: config.data.policies = "
+    hint += "dict(template_leaves_out='drop')."
+    return RowError("template_leaves_out", origin, f"chat template {template.name} leaves out {what}. {hint}")
 
 
-def _holds(text: str, part: str) -> bool:
-    """Whether a template has written `part`, but for the whitespace around it and JSON's escapes."""
-    part = part.strip()
-    return part in text or json.dumps(part, ensure_ascii=False)[1:-1] in text or json.dumps(part)[1:-1] in text
+# Each names the first value that a template has left out, without showing it; or is empty.
+
+
+def _what_is_missing_of_tools(tools: Sequence[dict], prompt: str) -> str:
+    return "" if all(holds_text(prompt, _name_of(tool)) for tool in tools) else "the row's tools"
 
 
 def _name_of(tool: dict[str, Any]) -> str:
@@ -97,28 +102,22 @@ def _name_of(tool: dict[str, Any]) -> str:
     return name if isinstance(name, str) else ""
 
 
-# Each names the first thing that a template has left out, without showing it; or is empty.
-
-
-def _what_is_missing_of_tools(tools: Sequence[dict], prompt: str) -> str:
-    return "" if all(_holds(prompt, _name_of(tool)) for tool in tools) else "the row's tools"
-
-
 def _what_is_missing_before(messages: Sequence[Message], first: int, i: int, prompt: str) -> str:
-    """Of assistant turns that are not trained, nothing need be there: templates rewrite history."""
     for k in range(first, i):
         message = messages[k]
-        if message.role != "assistant" and not _holds(prompt, message.content):
+        if message.role != "assistant" and not holds_text(prompt, message.content):
             return f"message {k + 1}, of role {message.role}"
     return ""
 
 
 def _what_is_missing(message: Message, i: int, completion: str) -> str:
-    if not _holds(completion, message.content):
+    if not holds_text(completion, message.content):
         return f"the content of message {i + 1}" + (", which calls tools" if message.tool_calls else "")
-    if message.reasoning and not _holds(completion, message.reasoning):
+    if message.reasoning and not holds_text(completion, message.reasoning):
         return f"the reasoning of message {i + 1}"
-    for call in message.tool_calls:
-        if not all(_holds(completion, text) for text in (call.name, *strings_in(call.arguments))):
-            return f"a tool call, or an argument of one, of message {i + 1}"
+    for c, call in enumerate(message.tool_calls):
+        if not holds_text(completion, call.name):
+            return f"call {c + 1} of message {i + 1}"
+        if not holds_text(completion, call.arguments_json) and not holds_value(completion, call.arguments):
+            return f"an argument of call {c + 1} of message {i + 1}"
     return ""

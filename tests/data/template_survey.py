@@ -51,7 +51,7 @@ REASONS = {
     "no stop token": "writes no stop token|in which there is no control token",
     "needs images": "may expect images|has no attribute 'text'",
     "choose a form": "so one of two forms would be trained by chance",
-    "no place for tools": "leaves out (the row's tools|a tool call|message 3, of role tool)",
+    "no place for tools": "leaves out (.*the row's tools|.*call 1 of message 2|message 3, of role tool)",
     "no place for reasoning": "leaves out the reasoning",
     "refuses the roles": "does not take roles",
 }
@@ -110,14 +110,11 @@ def tokens_asked_for(folder, name, text, settings=Settings()):
         try:
             renderer = open_renderer(load_tokenizer(folder, new_tokens), name, text, settings)
             renderer.render(CONVERSATIONS["tools"])
-        except ConfigError as error:
+        except (ConfigError, RowError) as error:
             asked = re.findall(r"new_tokens, as (\(.*\)), or choose", str(error))
-        except RowError as error:
-            asked = re.findall(r"ends a tool call with ('.*'), which .* Add it to config.data.new_tokens", str(error))
         if not asked:
             return new_tokens
-        value = ast.literal_eval(asked[0])
-        new_tokens += value if isinstance(value, tuple) else (value,)
+        new_tokens += ast.literal_eval(asked[0])
 
 
 def reason_of(error):
