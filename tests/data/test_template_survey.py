@@ -68,13 +68,13 @@ with {tokenizers}, each given the tokens that the template asks for.
 
 
 def open_tokenizers(folder, assets):
-    """Name -> tokenizer with every token that any template asks for, and the tiny folder to ask with."""
+    """A function of a template's name -> tokenizers by name, with the tokens that the template asks for, or the like:
+    those that any asks for, but `[INST]` and its kind only where it asks for them, as to others they are plain text."""
     tiny = write_sentencepiece(folder / "sentencepiece")
     texts = [(name, text, WAYS.get(name, Settings())) for name, text in templates(assets)]
     ways = [(name, text, way if isinstance(way, Settings) else Settings()) for name, text, way in texts]
-    asked = dict.fromkeys(SPELT_OTHERWISE) | dict.fromkeys(
-        token for name, text, way in ways for token in tokens_asked_for(tiny, name, text, way)
-    )
+    asked_by = {name: tokens_asked_for(tiny, name, text, way) for name, text, way in ways}
+    asked = dict.fromkeys([*SPELT_OTHERWISE, *(token for tokens in asked_by.values() for token in tokens)])
     byte_level = write_byte_level(folder / "byte_level")
     edit_json(byte_level / "tokenizer_config.json", bos_token="<|endoftext|>")  # Llama's templates write one
     paths = {"a tiny byte-level one": byte_level, "a tiny sentencepiece": tiny}
@@ -90,18 +90,21 @@ def open_tokenizers(folder, assets):
         mistral = assets / "tokenizers/mistral"
         for version in ("241114.model.v7", "240323.model.v3"):
             paths[f"Mistral's {version[-2:]}"] = mistral / f"mistral_instruct_tokenizer_{version}"
-    tokenizers = {}
+    tokenizers = {False: {}, True: {}}
     for name, path in paths.items():
         known = load_tokenizer(path)
         new = [t for t in asked if known.token_id(t) is None and known.model.token_id(t) is None]
-        tokenizers[name] = load_tokenizer(path, new)
-    return tokenizers
+        for with_brackets in tokenizers:
+            wanted = [t for t in new if with_brackets or not t.startswith("[")]
+            tokenizers[with_brackets][name] = load_tokenizer(path, wanted)
+    return lambda name: tokenizers[any(token.startswith("[") for token in asked_by[name])]
 
 
-def lines_of(tokenizers, assets):
+def lines_of(tokenizers_for, assets):
     """The table, one line per template."""
     lines = ["| template | two turns | system | tools | reasoning | leads through |", "|---|---|---|---|---|---|"]
     for name, text in templates(assets):
+        tokenizers = tokenizers_for(name)
         found = {tokenizer: survey(tokenizers[tokenizer], name, text) for tokenizer in tokenizers}
         verdicts = next(iter(found.values()))
         cells = [cell_of(verdicts[kind], {name: found[name][kind] for name in found}) for kind in CONVERSATIONS]
@@ -133,13 +136,13 @@ def reason(verdicts):
     return verdicts["two turns"].removeprefix("refused: ")
 
 
-def write_page(tokenizers, assets):
-    return HEAD.format(tokenizers=", ".join(tokenizers)) + "\n".join(lines_of(tokenizers, assets)) + "\n"
+def write_page(tokenizers_for, assets):
+    names = ", ".join(tokenizers_for(BUILTIN_TEMPLATES[0]))
+    return HEAD.format(tokenizers=names) + "\n".join(lines_of(tokenizers_for, assets)) + "\n"
 
 
 def test_the_page_says_what_happens(assets, tmp_path):
-    tokenizers = open_tokenizers(tmp_path, assets)
-    assert PAGE.read_text() == write_page(tokenizers, assets), "write it anew: see this module's docstring"
+    assert PAGE.read_text() == write_page(open_tokenizers(tmp_path, assets), assets), "write it anew: see this module's docstring"
 
 
 def test_built_in_templates_without_the_assets(tmp_path):
@@ -152,12 +155,11 @@ def test_built_in_templates_without_the_assets(tmp_path):
 
 @pytest.mark.parametrize("name", ["trl/qwen3", "trl/gemma"])
 def test_the_survey_sees_a_wrong_verdict(assets, tmp_path, name):
-    tokenizers = open_tokenizers(tmp_path, None)
+    write_byte_level(tmp_path / "byte_level")
     text = dict(templates(assets))[name]
     tokenizer = load_tokenizer(tmp_path / "byte_level", tokens_asked_for(tmp_path / "byte_level", name, text))
     broken = text.replace("<|im_end|>", "").replace("<end_of_turn>", "")
     assert survey(tokenizer, name, broken)["two turns"] == "refused: no stop token"
-    assert tokenizers
 
 
 if __name__ == "__main__":
