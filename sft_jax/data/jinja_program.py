@@ -76,9 +76,9 @@ class JinjaProgram:
         variables = {**self._environment.globals, **variables}
         texts = []
         for numbers, add_generation_prompt in requests:
-            own = {"messages": [messages[i] for i in numbers], "add_generation_prompt": add_generation_prompt}
+            variables |= {"messages": [messages[i] for i in numbers], "add_generation_prompt": add_generation_prompt}
             with limit() if limit else _NO_LIMIT:
-                texts.append(self._render(variables | own, max_chars))
+                texts.append(self._render(variables, max_chars))
         return texts, self._read_clock
 
     def _render(self, variables: dict[str, Any], max_chars: int | None) -> str:

@@ -143,7 +143,7 @@ class Renderer:
         try:
             return self._render_conversation(row)
         except TemplateError as error:
-            raise RowError("template", row.origin, f"{error}. Fix the row, or choose another template.") from error
+            raise RowError("template", row.origin, f"{error.what}. Fix the row, or choose another template.") from error
 
     def _render_document(self, document: Document) -> TokenizedExample:
         """`[BOS] text EOS`, all of it supervised except the first id, which nothing predicts."""

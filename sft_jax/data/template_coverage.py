@@ -33,7 +33,7 @@ class TemplateCoverage:
 
     def __init__(self, template: ChatTemplate):
         self._template = template
-        self._shapes: dict[tuple[int, Hashable], int] = {}  # (shape of all before, a message's own) -> shape
+        self._shapes: dict[tuple[int, Hashable], int] = {}  # (shape of what stands before, a message's own) -> shape
         self._gaps: dict[int, tuple[Gap, ...]] = {}
 
     def what_is_missing(
@@ -41,33 +41,38 @@ class TemplateCoverage:
     ) -> str:
         """The first thing of a row that is not in the texts of these assistant turns; empty if there is none.
 
-        Asked for are tools, and messages of roles other than assistant, in every turn's prompt; content of assistant
-        turns without calls in later prompts; and all of a turn in its own completion. Not asked for are an id or name
-        that tells which call a result answers, where its place among the results tells it too; and what else later
-        prompts leave out of assistant turns: templates rewrite history. Nor anything where the template refuses the
-        stand-in.
+        What must be there: in the prompt of each of these turns, the tools (names, descriptions, parameters with theirs
+        and with their choices), and all messages before it: their content, except that of assistant turns that call
+        tools; in the turn's own completion, its content, its reasoning, each of its calls, and each argument.
+
+        What need not: the rest of earlier assistant turns, as templates rewrite history. The id and name of a result,
+        where it stands at the place of the call that it answers. And what only a template that does not take the
+        stand-in leaves out.
         """
         if len(self._shapes) > _MAX_SHAPES:
             self._shapes, self._gaps = {}, {}
         shapes = self._shapes
-        shape, known, new = 0, [], []
+        shape, i = 0, 0
+        reached, new = [], []
         if tools:
             shape = shapes.setdefault((0, (len(tools) > 1, "function" in tools[0])), len(shapes) + 1)
-        i = 0
         for turn in turns:
             for message in messages[i : turn + 1]:
                 step = (shape, _shape_of(message))
                 shape = shapes.get(step) or shapes.setdefault(step, len(shapes) + 1)
             i = turn + 1
-            known.append(shape)
-            if shape not in self._gaps:
+            gaps = self._gaps.get(shape)
+            if gaps is None:
                 new.append((shape, turn))
+            if gaps != ():
+                reached.append(shape)
+        if not reached:
+            return ""
         if new:
             self._find_gaps(messages, tools, new)
-        for shape in known:
-            for gap in self._gaps[shape]:
-                if not gap.part or _has(gap, messages, tools):
-                    return gap.what
+        for gap in (gap for shape in reached for gap in self._gaps[shape]):
+            if not gap.part or _has(gap, messages, tools):
+                return gap.what
         return ""
 
     def _find_gaps(self, messages: Sequence[Message], tools: Sequence[dict], new: Sequence[tuple[int, int]]) -> None:
@@ -93,14 +98,13 @@ class TemplateCoverage:
 
 
 def _shape_of(message: Message) -> Hashable:
-    if message.role == "assistant":
-        if message.content and not message.content.isspace() and not message.tool_calls and not message.reasoning:
-            return "assistant"
-        calls = tuple(bool(call.id) for call in message.tool_calls)
-        return ("assistant", bool(message.content.strip()), bool(message.reasoning.strip()), calls)
-    if message.role == "tool":
-        return ("tool", bool(message.content.strip()), bool(message.tool_call_id), bool(message.name))
-    return message.role if message.content and not message.content.isspace() else (message.role,)
+    role, content = message.role, message.content
+    has_content = bool(content) and not content.isspace()
+    if role == "tool":
+        return (role, has_content, bool(message.tool_call_id), bool(message.name))
+    if message.reasoning or message.tool_calls:
+        return (role, has_content, bool(message.reasoning.strip()), tuple(bool(call.id) for call in message.tool_calls))
+    return role if has_content else (role,)
 
 
 # --- The stand-in ----------------------------------------------------------------------------------------------------

@@ -105,7 +105,7 @@ def _find_stop(tokenizer: Tokenizer, template: ChatTemplate, stop_token: str) ->
     try:
         prompt, whole = template.render_each([((_USER,), True), ((_USER, _ANSWER), False)])
     except TemplateError as error:
-        raise ConfigError(f"config.data.chat_template: {error}. Choose another template.") from error
+        raise ConfigError(f"config.data.chat_template: {error.what}. Choose another template.") from error
     _check_markers(tokenizer, template, prompt, whole)
     if not whole.startswith(prompt):
         asked, written = heads_of_difference(prompt, whole)

@@ -38,8 +38,14 @@ _FAILURES = (jinja2.TemplateError, ArithmeticError, AttributeError, LookupError,
 
 
 class TemplateError(DataError):
-    """A template refused messages, failed on them, or broke a limit. Without advice or a full stop: who catches it adds
-    both."""
+    """A template refused messages, failed on them, or broke a limit. `what` is the message without the advice."""
+
+    @property
+    def what(self) -> str:
+        return str(self.args[0])
+
+    def __str__(self) -> str:
+        return f"{self.what}. Change the messages, or choose another template."
 
 
 class ChatTemplate:
@@ -153,11 +159,14 @@ class ChatTemplate:
         shown: list[dict[str, Any]] = []
         numbered = []
         for messages, add_generation_prompt in requests:
+            own = []
             for message in messages:
-                if id(message) not in numbers:
-                    numbers[id(message)] = len(shown)
+                number = numbers.get(id(message))
+                if number is None:
+                    number = numbers[id(message)] = len(shown)
                     shown.append(self._as_dict(message))
-            numbered.append(([numbers[id(message)] for message in messages], add_generation_prompt))
+                own.append(number)
+            numbered.append((own, add_generation_prompt))
         return self._render_each(shown, numbered, tools)
 
     def _render_each(
@@ -183,14 +192,16 @@ class ChatTemplate:
     def _as_dict(self, message: Message) -> dict[str, Any]:
         """A message as users of transformers pass it: what is empty is absent."""
         shown: dict[str, Any] = {"role": message.role, "content": message.content}
-        if message.reasoning:
-            shown |= dict.fromkeys(self._reasoning_names, message.reasoning)
-        if message.tool_calls:
-            shown["tool_calls"] = [self._call_as_dict(call) for call in message.tool_calls]
-        if message.tool_call_id:
-            shown["tool_call_id"] = message.tool_call_id
-        if message.name:
-            shown["name"] = message.name
+        if message.role == "assistant":
+            if message.reasoning:
+                shown |= dict.fromkeys(self._reasoning_names, message.reasoning)
+            if message.tool_calls:
+                shown["tool_calls"] = [self._call_as_dict(call) for call in message.tool_calls]
+        elif message.role == "tool":
+            if message.tool_call_id:
+                shown["tool_call_id"] = message.tool_call_id
+            if message.name:
+                shown["name"] = message.name
         return shown
 
     def _call_as_dict(self, call: ToolCall) -> dict[str, Any]:

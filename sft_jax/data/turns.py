@@ -1,8 +1,12 @@
 """A conversation's text, turn by turn: what inference feeds before a turn, what the turn adds, verified.
 
 For each turn the template is asked twice: for the messages before it with the generation prompt, and for the messages
-up to it. The second must begin with the first, hold the turn's own text, and end it with the stop token. Nothing of a
-message may be missing from either: what a template leaves out, inference would not see.
+up to it. The second must begin with the first, hold the turn's own text, and end it with the stop token.
+
+What a template leaves out, inference would not see. So of each message but an assistant's the content, and of each tool
+the name, must be in the prompt after it; and of each turn the content, reasoning, calls and their arguments in its own
+completion. That holds for the row's own texts; and for every field of a message, as `template_coverage.py` says, by a
+conversation of the same shape.
 """
 
 from collections.abc import Sequence
@@ -43,35 +47,33 @@ def render_turns(
         what = f"chat template {template.name} writes {', '.join(map(repr, facts.lacking))} around calls of tools"
         hint = "which the tokenizer does not have as single tokens. Add them to config.data.new_tokens, as "
         raise RowError("template", origin, f"{what}, {hint}{facts.lacking!r}, or choose another.")
-    requests = [(messages[: i + after], not after) for i in turns for after in (0, 1)]
+    requests: list[tuple[Sequence[Message], bool]] = []
+    for i in turns:
+        requests += ((messages[:i], True), (messages[: i + 1], False))
     texts = template.render_each(requests, tools)
     what = facts.coverage.what_is_missing(messages, tools, turns)
     if what:
         raise _left_out(template, what, origin)
-    rendered = []
+    rendered: list[Turn] = []
     first_new = 0  # message that no earlier turn has been checked with
     for i, prompt, whole in zip(turns, texts[::2], texts[1::2], strict=True):
+        message = messages[i]
         if not whole.startswith(prompt):
             asked, written = heads_of_difference(prompt, whole)
-            what = (
-                f"chat template {template.name}, message {i + 1}: the prompt that asks for it is no prefix of the text "
-                f"with it: the first goes on with {asked}, the second with {written}"
-            )
+            what = "the prompt that asks for it is no prefix of the text with it: the first goes on with "
             hint = "Set config.data.chat_template_kwargs, for example enable_thinking, or choose another template."
-            raise RowError("template", origin, f"{what}. {hint}")
-        message = messages[i]
+            raise _unverified(template, i, f"{what}{asked}, the second with {written}", origin, hint)
         stop = facts.call_stop if message.tool_calls else facts.stop.text
         end = len(whole)
         if facts.stop.is_written:
             end = whole.find(stop, len(prompt)) + len(stop)
             if end < len(stop):
-                what = f"chat template {template.name}, message {i + 1}: is not followed by the stop token {stop!r}"
-                raise RowError("template", origin, f"{what}. Choose another template.")
+                raise _unverified(template, i, f"is not followed by the stop token {stop!r}", origin)
             if whole.find(stop, end) >= 0:  # which of them ends the answer would be a guess
-                what = f"chat template {template.name}, message {i + 1}: is followed by {stop!r} more than once"
-                raise RowError("template", origin, f"{what}. Choose another template.")
+                raise _unverified(template, i, f"is followed by {stop!r} more than once", origin)
         completion = whole[len(prompt) : end]
-        what = "" if first_new or not tools else _what_is_missing_of_tools(tools, prompt)
+        if tools and not rendered and not all(holds_text(prompt, _name_of(tool)) for tool in tools):
+            what = "the row's tools"
         what = (
             what or _what_is_missing_before(messages, first_new, i, prompt) or _what_is_missing(message, i, completion)
         )
@@ -82,17 +84,16 @@ def render_turns(
     return rendered
 
 
+def _unverified(
+    template: ChatTemplate, i: int, what: str, origin: Origin, hint: str = "Choose another template."
+) -> RowError:
+    return RowError("template", origin, f"chat template {template.name}, message {i + 1}: {what}. {hint}")
+
+
 def _left_out(template: ChatTemplate, what: str, origin: Origin) -> RowError:
     hint = "Take it out of the row, choose another template, or drop such rows: config.data.policies = "
     hint += "dict(template_leaves_out='drop')."
     return RowError("template_leaves_out", origin, f"chat template {template.name} leaves out {what}. {hint}")
-
-
-# Each names the first value that a template has left out, without showing it; or is empty.
-
-
-def _what_is_missing_of_tools(tools: Sequence[dict], prompt: str) -> str:
-    return "" if all(holds_text(prompt, _name_of(tool)) for tool in tools) else "the row's tools"
 
 
 def _name_of(tool: dict[str, Any]) -> str:
@@ -100,6 +101,9 @@ def _name_of(tool: dict[str, Any]) -> str:
     function = tool.get("function", tool)
     name = function.get("name") if isinstance(function, dict) else None
     return name if isinstance(name, str) else ""
+
+
+# Each names the first value that a template has left out, without showing it; or is empty.
 
 
 def _what_is_missing_before(messages: Sequence[Message], first: int, i: int, prompt: str) -> str:

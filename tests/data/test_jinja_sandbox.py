@@ -80,7 +80,7 @@ def test_a_limit_is_named_with_the_template_and_the_roles():
         chat_template.render((*HARMFUL, Message("assistant", "x")), add_generation_prompt=False)
     assert str(caught.value) == (
         "chat template wild.jinja writes more than 100,000 characters, the limit of output, on a conversation of roles "
-        "[user, assistant]. Mend the template, or choose another."
+        "[user, assistant]. Change the messages, or choose another template."
     )
 
 

@@ -142,7 +142,9 @@ def write_page(tokenizers_for, assets):
 
 
 def test_the_page_says_what_happens(assets, tmp_path):
-    assert PAGE.read_text() == write_page(open_tokenizers(tmp_path, assets), assets), "write it anew: see this module's docstring"
+    assert PAGE.read_text() == write_page(open_tokenizers(tmp_path, assets), assets), (
+        "write it anew: see this module's docstring"
+    )
 
 
 def test_built_in_templates_without_the_assets(tmp_path):
