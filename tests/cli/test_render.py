@@ -14,8 +14,10 @@ from sft_jax.data.tokenizer import load_tokenizer
 from sft_jax.testbed.make import BASE_MODEL
 
 CHATML = [f"--tokenizer={BASE_MODEL}", "--template=chatml", "--new-tokens=<|im_start|>,<|im_end|>"]
+# History stands without its roles, so no turn can share an example with the next.
 FORGETFUL = """{% for message in messages %}{% if message.role == 'user' or loop.last %}<|im_start|>{{ message.role }}
 {{ message.content }}<|im_end|>
+{% else %}{{ message.content }}
 {% endif %}{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant
 {% endif %}"""
 
@@ -61,7 +63,7 @@ def test_a_row_of_several_examples_lists_them(capsys):
     one, several = objects(capsys, [chat("Hi", "Yes."), chat("Hi", "Yes.", "And?", "No.")], *args)
     assert set(several) == {"origin", "examples"}
     assert several["examples"][0] == {name: one[name] for name in ("ids", "loss_weights", "text")}
-    assert [("Yes." in e["text"], "No." in e["text"]) for e in several["examples"]] == [(True, False), (False, True)]
+    assert [("Yes." in e["text"], "No." in e["text"]) for e in several["examples"]] == [(True, False), (True, True)]
 
 
 def test_refused_rows_are_named_and_the_others_rendered(capsys):
