@@ -29,6 +29,7 @@ from google.protobuf.message import DecodeError
 from sentencepiece import sentencepiece_model_pb2 as pb
 
 from sft_jax.data.control_tokens import ControlToken, is_text
+from sft_jax.data.sentencepiece_words import Words, find_borders
 from sft_jax.datatypes import DataError
 
 SENTINEL = "\ue000\ue001"
@@ -101,6 +102,8 @@ class SentencePieceModel:
         self.unk_id: int | None = self._processor.unk_id()
         num_bytes = sum(piece.type == Piece.BYTE for piece in running.pieces)
         self.expresses_all = bool(running.trainer_spec.byte_fallback and num_bytes == 256)
+        borders = find_borders(running) if self.expresses_all and not self._changes_text else None
+        self._words = Words(borders, self._encode_continued) if borders else None
 
     def special_tokens(self) -> dict[str, str]:
         """Role -> text, as the file declares them."""
@@ -120,7 +123,7 @@ class SentencePieceModel:
         """Ids, int32."""
         if not self._changes_text:
             whole = text if continuation or not self.adds_prefix else " " + text
-            return self._continued.encode(whole, return_type="numpy")
+            return self._words.encode(whole) if self._words is not None else self._encode_continued(whole)
         if SENTINEL in text:  # a row's own: encoded in two halves, which the model does not match
             before, after = text.split(SENTINEL, 1)
             head = self.encode_array(before + SENTINEL[0], continuation=continuation)
@@ -129,6 +132,9 @@ class SentencePieceModel:
             return self._processor.encode(text, return_type="numpy")
         ids = self._processor.encode(SENTINEL + text, return_type="numpy")
         return ids[np.flatnonzero(ids == self._sentinel_id)[0] + 1 :]
+
+    def _encode_continued(self, text: str) -> np.ndarray:
+        return self._continued.encode(text, return_type="numpy")
 
     def decode(self, ids: list[int], *, continuation: bool) -> str:
         if not self._changes_text:

@@ -9,22 +9,24 @@ shape of a conversation (roles, which fields are there, how many calls), so each
 
 import itertools
 import json
-from collections.abc import Hashable, Iterator, Sequence
+from collections.abc import Hashable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 from sft_jax.data.templates import ChatTemplate, TemplateError
 from sft_jax.datatypes import Message, ToolCall
 
-_MAX_SHAPES = 100_000  # some 30 MB; then they are found out anew
+_MAX_SHAPES = 100_000  # some 50 MB; then they are found out anew
+_NUM_LAST_ROUNDS = 3  # of long conversations
 
 
 class Gap(NamedTuple):
-    """Something that a template leaves out, as errors name it. `part` is what a row must have to lose it, where its
-    shape does not say so: of the schemas of tools, or of a call, a kind of value among its arguments."""
+    """Something that a template leaves out, as errors name it, with `{}` for the number of a message. `part` is what a
+    row must have to lose it, where its shape does not say so: of the schemas of tools, or of a call, a kind of value
+    among its arguments."""
 
     what: str
+    message: int = 0
     part: str = ""
-    message: int = -1
     call: int = -1
 
 
@@ -33,8 +35,7 @@ class TemplateCoverage:
 
     def __init__(self, template: ChatTemplate):
         self._template = template
-        self._shapes: dict[tuple[int, Hashable], int] = {}  # (shape of what stands before, a message's own) -> shape
-        self._gaps: dict[int, tuple[Gap, ...]] = {}
+        self._gaps: dict[Hashable, tuple[Gap, ...]] = {}
 
     def what_is_missing(
         self, messages: Sequence[Message], tools: Sequence[dict[str, Any]], turns: Sequence[int]
@@ -46,55 +47,62 @@ class TemplateCoverage:
         tools; in the turn's own completion, its content, its reasoning, each of its calls, and each argument.
 
         What need not: the rest of earlier assistant turns, as templates rewrite history. The id and name of a result,
-        where it stands at the place of the call that it answers. And what only a template that does not take the
-        stand-in leaves out.
+        where it stands at the place of the call that it answers. And what is left out only of the middle of long
+        conversations, or only by a template that does not take the stand-in.
         """
-        if len(self._shapes) > _MAX_SHAPES:
-            self._shapes, self._gaps = {}, {}
-        shapes = self._shapes
-        shape, i = 0, 0
-        reached, new = [], []
-        if tools:
-            shape = shapes.setdefault((0, (len(tools) > 1, "function" in tools[0])), len(shapes) + 1)
+        own = [_shape_of(message) for message in messages]
+        of_tools = (len(tools) > 1, "function" in tools[0]) if tools else None
+        found = []
+        new: dict[Hashable, Sequence[Message]] = {}
         for turn in turns:
-            for message in messages[i : turn + 1]:
-                step = (shape, _shape_of(message))
-                shape = shapes.get(step) or shapes.setdefault(step, len(shapes) + 1)
-            i = turn + 1
+            kept: Sequence[int] = range(turn + 1)
+            shape = (of_tools, *own[: turn + 1])
+            if turn > 2 * _NUM_LAST_ROUNDS:
+                kept = _ends_of(messages, turn)
+                shape = (of_tools, *[own[k] for k in kept])
             gaps = self._gaps.get(shape)
             if gaps is None:
-                new.append((shape, turn))
+                new[shape] = [messages[k] for k in kept]
             if gaps != ():
-                reached.append(shape)
-        if not reached:
+                found.append((shape, kept))
+        if not found:
             return ""
         if new:
-            self._find_gaps(messages, tools, new)
-        for gap in (gap for shape in reached for gap in self._gaps[shape]):
-            if not gap.part or _has(gap, messages, tools):
-                return gap.what
+            self._find_gaps(new, tools)
+        for gap, kept in ((gap, kept) for shape, kept in found for gap in self._gaps[shape]):
+            if not gap.part or _has(gap, [messages[k] for k in kept], tools):
+                return gap.what.format(kept[gap.message] + 1)
         return ""
 
-    def _find_gaps(self, messages: Sequence[Message], tools: Sequence[dict], new: Sequence[tuple[int, int]]) -> None:
-        self._gaps.update((shape, ()) for shape, _ in new)
+    def _find_gaps(self, new: Mapping[Hashable, Sequence[Message]], tools: Sequence[dict]) -> None:
+        """Each shape with messages of it, which end with the turn."""
+        if len(self._gaps) > _MAX_SHAPES:
+            self._gaps = {}
+        self._gaps |= dict.fromkeys(new, ())
         for is_full in (True, False):  # some templates take no nested values
             words = map(_word, itertools.count())
             shown_tools = [_schema(words, is_full, "function" in tools[0]) for _ in tools[:2]]
-            shown = list(_stand_ins(messages, words, is_full))
-            requests = [(shown[: turn + after], not after) for _, turn in new for after in (0, 1)]
+            shown = {shape: list(_stand_ins(messages, words, is_full)) for shape, messages in new.items()}
+            requests = [request for own in shown.values() for request in ((own[:-1], True), (own, False))]
             try:
                 texts = self._template.render_each(requests, shown_tools)
             except TemplateError:
                 continue
-            for (shape, turn), prompt, whole in zip(new, texts[::2], texts[1::2], strict=True):
+            for (shape, own), prompt, whole in zip(shown.items(), texts[::2], texts[1::2], strict=True):
                 if whole.startswith(prompt):  # or the row is refused for that
-                    completion = whole[len(prompt) :]
-                    self._gaps[shape] = (
-                        *_gaps_of_tools(shown_tools, prompt),
-                        *_gaps_before(shown[:turn], prompt),
-                        *_gaps_of_turn(shown[turn], turn, completion),
-                    )
+                    gaps = (_gaps_of_tools(shown_tools, prompt), _gaps_before(own[:-1], prompt))
+                    in_turn = _gaps_of_turn(own[-1], len(own) - 1, whole[len(prompt) :])
+                    self._gaps[shape] = tuple(itertools.chain(*gaps, in_turn))
             return
+
+
+def _ends_of(messages: Sequence[Message], turn: int) -> Sequence[int]:
+    """The messages up to a turn; of many rounds (an assistant's message and what follows it) the first and the last
+    ones, so that agents' conversations, each of another shape, have shapes in common."""
+    starts = [k for k in range(turn) if messages[k].role == "assistant"]
+    if len(starts) <= _NUM_LAST_ROUNDS + 1:
+        return range(turn + 1)
+    return [*range(starts[1]), *range(starts[-_NUM_LAST_ROUNDS], turn + 1)]
 
 
 def _shape_of(message: Message) -> Hashable:
@@ -161,7 +169,7 @@ def _gaps_of_tools(tools: Sequence[dict[str, Any]], prompt: str) -> Iterator[Gap
             return
         for part, words in _words_of(function).items():
             if not all(word in prompt for word in words):
-                yield Gap(f"{part} of the row's tools", part)
+                yield Gap(f"{part} of the row's tools", part=part)
 
 
 def _words_of(function: dict[str, Any]) -> dict[str, list[str]]:
@@ -189,31 +197,31 @@ def _gaps_before(messages: Sequence[Message], prompt: str) -> Iterator[Gap]:
     for k, message in enumerate(messages):
         if message.role == "assistant":
             if not message.tool_calls and message.content not in prompt:
-                yield Gap(f"message {k + 1}, of role assistant, in the prompts after it")
+                yield Gap("message {}, of role assistant, in the prompts after it", k)
             calls = message.tool_calls
             continue
         if message.content not in prompt:
-            yield Gap(f"message {k + 1}, of role {message.role}")
+            yield Gap(f"message {{}}, of role {message.role}", k)
         if message.role == "tool" and len(calls) > 1:
             marks = [mark for mark in (message.tool_call_id, message.name) if mark]
             if not any(prompt.count(mark) > 1 for mark in marks):  # once in the call
-                yield Gap(f"which call is answered by message {k + 1}", _ORDER, k)
+                yield Gap("which call is answered by message {}", k, _ORDER)
 
 
 def _gaps_of_turn(message: Message, i: int, completion: str) -> Iterator[Gap]:
     if message.content not in completion:
-        yield Gap(f"the content of message {i + 1}" + (", which calls tools" if message.tool_calls else ""))
+        yield Gap("the content of message {}" + (", which calls tools" if message.tool_calls else ""), i)
     if message.reasoning not in completion:
-        yield Gap(f"the reasoning of message {i + 1}")
+        yield Gap("the reasoning of message {}", i)
     for c, call in enumerate(message.tool_calls):
-        where = f"call {c + 1} of message {i + 1}"
+        where = f"call {c + 1} of message {{}}"
         lost = [value for key, value in call.arguments.items() if not _holds_argument(completion, key, value, call)]
         if call.name not in completion:
-            yield Gap(where)
+            yield Gap(where, i)
         elif len(lost) == len(call.arguments):
-            yield Gap(f"the arguments of {where}", _ANY, i, c)
+            yield Gap(f"the arguments of {where}", i, _ANY, c)
         for value in lost:
-            yield Gap(f"an argument that is {_kind_of(value)}, of {where}", _kind_of(value), i, c)
+            yield Gap(f"an argument that is {_kind_of(value)}, of {where}", i, _kind_of(value), c)
 
 
 def _holds_argument(text: str, key: str, value: Any, call: ToolCall) -> bool:

@@ -4,9 +4,9 @@ For each turn the template is asked twice: for the messages before it with the g
 up to it. The second must begin with the first, hold the turn's own text, and end it with the stop token.
 
 What a template leaves out, inference would not see. So of each message but an assistant's the content, and of each tool
-the name, must be in the prompt after it; and of each turn the content, reasoning, calls and their arguments in its own
-completion. That holds for the row's own texts; and for every field of a message, as `template_coverage.py` says, by a
-conversation of the same shape.
+the name, must be in the prompt after it, and in the last one; and of each turn the content, reasoning, calls and their
+arguments in its own completion. That holds for the row's own texts; and for every field, as `template_coverage.py`
+says, for a conversation of the same shape.
 """
 
 from collections.abc import Sequence
@@ -74,9 +74,8 @@ def render_turns(
         completion = whole[len(prompt) : end]
         if tools and not rendered and not all(holds_text(prompt, _name_of(tool)) for tool in tools):
             what = "the row's tools"
-        what = (
-            what or _what_is_missing_before(messages, first_new, i, prompt) or _what_is_missing(message, i, completion)
-        )
+        first = 0 if i == turns[-1] else first_new  # and the last prompt shall hold them all
+        what = what or _what_is_missing_before(messages, first, i, prompt) or _what_is_missing(message, i, completion)
         if what:
             raise _left_out(template, what, origin)
         rendered.append(Turn(message, prompt, completion, whole[end:], stop))

@@ -261,9 +261,7 @@ def test_a_stop_token_after_the_answer_s_own_is_refused(folder):
 
 def test_calls_may_end_in_a_token_of_their_own(folder, tmp_path):
     text = THINKING.replace("{{- '<|im_end|>\\n' -}}", "{{- '<|call|>' if m.tool_calls else '<|im_end|>' -}}")
-    with pytest.raises(
-        RowError, match=r"writes '<\|call\|>' around calls of tools, which .*new_tokens, as \('<\|call"
-    ):
+    with pytest.raises(RowError, match=r"writes '<\|call\|>' around calls of tools, which .*new_tokens, as \('<\|call"):
         open_renderer(folder, text).render(WEATHER)
     tokenizer = load_tokenizer(folder, ("<|call|>",))
     renderer = Renderer(tokenizer, ChatTemplate("t.jinja", text, tokenizer.special_tokens, {}))

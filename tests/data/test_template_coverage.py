@@ -220,6 +220,35 @@ def test_a_stand_in_is_rendered_once_for_a_shape(tiny_byte_level):
     template.close()
 
 
+@pytest.mark.parametrize("window", [4, 8, 16])
+def test_a_window_on_long_conversations(tiny_byte_level, window):
+    text = instead("in messages", f"in messages[{START.replace('4', str(window))}:]")
+    contents = [f"What is {k} + {k}?" for k in range(20)]
+    row = tuple(message for content in contents for message in (user(content), says("a")))
+    assert render(tiny_byte_level, ALL, row)
+    assert render(tiny_byte_level, text, row[:window])
+    for longer in (window + 2, len(row)):
+        with pytest.raises(RowError, match="leaves out message 1, of role user"):
+            render(tiny_byte_level, text, row[:longer])
+
+
+def test_long_conversations_have_shapes_in_common(tiny_byte_level):
+    tokenizer = load_tokenizer(tiny_byte_level)
+    text = instead("m.tool_calls or []", "(m.tool_calls or [])[:2]")
+    template = ChatTemplate("t.jinja", text, tokenizer.special_tokens, {})
+    coverage = Renderer(tokenizer, template).facts.coverage
+    rounds = [(calls(A), result("1", "c1"))] * 30
+    row = [user(), *(message for both in rounds for message in both), says()]
+    turns = [i for i, message in enumerate(row) if message.role == "assistant"]
+    assert coverage.what_is_missing(row, (), turns) == ""
+    template.render_each = None  # all is known of a longer one
+    assert coverage.what_is_missing([*row[:1], *row[1:3] * 9, *row[1:]], (), [turns[-1] + 18]) == ""
+    del template.render_each
+    row[31] = calls(A, B, A)
+    assert coverage.what_is_missing(row, (), turns) == "call 3 of message 32"
+    template.close()
+
+
 def test_a_template_that_takes_text_only_in_arguments(tiny_byte_level):
     """It does not take the stand-in with all kinds of values, so one with text does."""
     text = instead("m.tool_calls or []", "(m.tool_calls or [])[:1]").replace("v | tojson", "'' + v")
