@@ -20,7 +20,7 @@ import hashlib
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -65,6 +65,13 @@ def open_renderer(data: DataConfig, model_path: str) -> "Renderer":
     renderer = Renderer(tokenizer, template, RenderOptions(**options))
     check_reasoning_is_chosen(template, renderer.facts.reasoning)
     return renderer
+
+
+class RenderedExample(NamedTuple):
+    """An example, and the numbers of the messages whose turns it supervises; none for a document."""
+
+    example: TokenizedExample
+    turns: tuple[int, ...]
 
 
 class Renderer:
@@ -130,6 +137,10 @@ class Renderer:
         return self.tokenizer.encode_parts(self._split(prompt, disguise))
 
     def render(self, row: Conversation | Document) -> list[TokenizedExample]:
+        """The examples of `render_with_turns`, alone."""
+        return [rendered.example for rendered in self.render_with_turns(row)]
+
+    def render_with_turns(self, row: Conversation | Document) -> list[RenderedExample]:
         """The examples of a row: one, or more where turns cannot share one.
 
         Raises:
@@ -139,7 +150,7 @@ class Renderer:
           ConfigError: a conversation, and there is no template; a document, and the tokenizer has no EOS.
         """
         if isinstance(row, Document):
-            return [self._render_document(row)]
+            return [RenderedExample(self._render_document(row), ())]
         try:
             return self._render_conversation(row)
         except TemplateError as error:
@@ -162,7 +173,7 @@ class Renderer:
         example.append([bos_ids, text_ids, eos_ids], weight=1.0)
         return example.finish(document.origin, self.options.averaging)
 
-    def _render_conversation(self, conversation: Conversation) -> list[TokenizedExample]:
+    def _render_conversation(self, conversation: Conversation) -> list[RenderedExample]:
         origin = conversation.origin
         weights = self._turn_weights(conversation)
         conversation = self._split_reasoning(conversation)
@@ -171,6 +182,7 @@ class Renderer:
             self.counts["control_text"] += 1
         turns = render_turns(self.template, self.facts, shown.messages, shown.tools, list(weights), origin)
         examples: list[ExampleBuilder] = []
+        turns_of: list[list[int]] = []  # each example
         read = 0  # messages that stand in the examples so far
         for (i, weight), turn in zip(weights.items(), turns, strict=True):
             prompt_weight = self.options.prompt_loss_weight
@@ -182,6 +194,8 @@ class Renderer:
                 example = ExampleBuilder()
                 prompt_weight *= not examples  # the first example has had these messages
                 examples.append(example)
+                turns_of.append([])
+            turns_of[-1].append(i)
             self._append_turn(example, turn, weight, prompt_weight, disguise, origin, is_last=turn is turns[-1])
             read = i + 1
         for example in examples:
@@ -189,7 +203,10 @@ class Renderer:
             example.append(self.tokenizer.encode_each(after_stop)[1:], weight=0.0)
         self.counts["turns"] += len(turns)
         self.counts["expanded"] += len(examples) - 1
-        return [example.finish(origin, self.options.averaging) for example in examples]
+        return [
+            RenderedExample(example.finish(origin, self.options.averaging), tuple(own))
+            for example, own in zip(examples, turns_of, strict=True)
+        ]
 
     def _turn_weights(self, conversation: Conversation) -> dict[int, float]:
         """Number of each assistant message that is trained, ascending -> its weight, above 0."""

@@ -88,7 +88,8 @@ def fit_examples(
         `truncate`.
       RowError: whatever the renderer finds; `nothing_supervised`, there was none to begin with.
     """
-    examples = renderer.render(row)
+    rendered = renderer.render_with_turns(row)
+    examples = [one.example for one in rendered]
     longest = 0
     for example in examples:
         longest = max(longest, len(example))
@@ -104,7 +105,7 @@ def fit_examples(
     stop_ids = renderer.stop_ids if isinstance(row, Conversation) else ()  # a document has no turns
     fitted, lost = [], Lost()
     if isinstance(row, Conversation) and policy in ("drop_early_turns", "split_turns"):
-        parts = _parts_of(_pin_weights(row, supervise), examples, renderer)
+        parts = _parts_of(_pin_weights(row, supervise), [one.turns for one in rendered], renderer)
         for example, part in zip(examples, parts, strict=True):
             kept, gone = [example], Lost()
             if len(example) > max_seq_len:
@@ -216,24 +217,21 @@ def _pin_weights(conversation: Conversation, supervise: str) -> Conversation:
     return dataclasses.replace(conversation, messages=tuple(messages))
 
 
-def _parts_of(conversation: Conversation, examples: Sequence[TokenizedExample], renderer: Renderer) -> list[_Part]:
-    """The part of each example. A turn joins the last example so far or begins the next one, so the number of examples
-    of the messages up to it tells which is its own."""
-    messages = conversation.messages
-    if len(examples) == 1:
+def _parts_of(conversation: Conversation, turns: Sequence[Sequence[int]], renderer: Renderer) -> list[_Part]:
+    """The part of each example, by the turns that it supervises."""
+    if len(turns) == 1:
         return [_Part.of(conversation, renderer)]
-    turns: list[list[int]] = [[] for _ in examples]
-    for i, message in enumerate(messages):
-        if _num_supervised([message]):
-            up_to = dataclasses.replace(conversation, messages=messages[: i + 1])
-            turns[len(_render_uncounted(up_to, renderer)) - 1].append(i)
+    messages = conversation.messages
+    untrained = [
+        dataclasses.replace(message, loss_weight=0.0) if message.role == "assistant" else message
+        for message in messages
+    ]
     parts = []
     for own in turns:
-        pinned = tuple(
-            message if i in own or message.role != "assistant" else dataclasses.replace(message, loss_weight=0.0)
-            for i, message in enumerate(messages[: own[-1] + 1])
-        )
-        parts.append(_Part.of(dataclasses.replace(conversation, messages=pinned), renderer))
+        pinned = untrained[: own[-1] + 1]
+        for i in own:
+            pinned[i] = messages[i]
+        parts.append(_Part.of(dataclasses.replace(conversation, messages=tuple(pinned)), renderer))
     return parts
 
 
@@ -247,10 +245,13 @@ def _fit_part(
 
     supervised = [i for i, exchange in enumerate(part.exchanges) if _num_supervised(exchange)]
     windows = (_last_window if policy == "drop_early_turns" else _windows)(supervised, fits)
-    fitted = [piece for start, stop in windows for piece in part.render(part.exchanges[start:stop])]
+    pieces = [part.render(part.exchanges[start:stop]) for start, stop in windows]
+    fitted = [one for piece in pieces for one in piece]
 
     kept = {i for start, stop in windows for i in range(start, stop)}
-    rest = part.render([exchange for i, exchange in enumerate(part.exchanges) if i in kept])
+    rest = fitted
+    if len(windows) > 1:
+        rest = part.render([exchange for i, exchange in enumerate(part.exchanges) if i in kept])
     turns = sum(_num_supervised(exchange) for i, exchange in enumerate(part.exchanges) if i not in kept)
     tokens = len(example) - sum(map(len, rest))
     supervised_tokens = sum(int(np.count_nonzero(one.loss_weights)) for one in rest)
@@ -284,5 +285,11 @@ def _windows(supervised: Sequence[int], fits: _Fits) -> list[tuple[int, int]]:
 
 
 def _open_window(lowest: int, highest: int, stop: int, fits: _Fits) -> int:
-    """The least start of a window, from `lowest` to `highest`, with which it fits; with `highest` it does."""
+    """The least start of a window, from `lowest` to `highest`, with which it fits; with `highest` it does.
+
+    Looked for from `highest` in steps that double, so that no window is rendered that is far too long."""
+    step = 1
+    while highest - step > lowest and fits(highest - step, stop):
+        step *= 2
+    lowest, highest = max(lowest, highest - step), highest - step // 2
     return lowest + bisect.bisect_left(range(lowest, highest), True, key=lambda start: fits(start, stop))

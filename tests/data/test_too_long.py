@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from tiny_tokenizers import SENTENCES
 from word_renderer import BOS, FIRST_WORD, ROLE_IDS, STOP, WordRenderer, make_config
 
-from sft_jax.data.rendering import Renderer
+from sft_jax.data.rendering import RenderedExample, Renderer
 from sft_jax.data.store import open_store
 from sft_jax.data.templates import load_template
 from sft_jax.data.tokenizer import load_tokenizer
@@ -151,10 +151,10 @@ def test_documents():
 
 def test_an_example_that_is_cut_keeps_the_sum_of_its_weights():
     class PerExample(WordRenderer):
-        def render(self, row):
-            (example,) = super().render(row)
+        def render_with_turns(self, row):
+            ((example, turns),) = super().render_with_turns(row)
             example.loss_weights[:] /= example.loss_weights.sum()
-            return [example]
+            return [RenderedExample(example, turns)]
 
     row = chat("0", "1 2 3 4 5 6")
     for averaging, expected in (("example", 1.0), ("token", 3 / 7)):

@@ -7,7 +7,7 @@ from collections import Counter
 
 from sft_jax.config_schema import Config, DataConfig, RunConfig, SourceConfig
 from sft_jax.data.errors import RowError
-from sft_jax.data.rendering import Renderer
+from sft_jax.data.rendering import RenderedExample, Renderer
 from sft_jax.datatypes import Document, TokenizedExample
 
 BOS, STOP, UNKNOWN = 1, 2, 3
@@ -32,13 +32,13 @@ class WordRenderer(Renderer):
     def refuse_clock(self):
         pass
 
-    def render(self, row):
+    def render_with_turns(self, row):
         if isinstance(row, Document):
             ids = [BOS, *self._encode(row.text, row.origin), STOP]
-            return [TokenizedExample.from_ids(ids, [1.0] * len(ids), row.origin)]
+            return [RenderedExample(TokenizedExample.from_ids(ids, [1.0] * len(ids), row.origin), ())]
         last_turn = max(i for i, message in enumerate(row.messages) if message.role == "assistant")
         rewrites = row.messages[0].content == "rewrites"
-        ids, weights, examples = [BOS], [0.0], []
+        ids, weights, examples, turns = [BOS], [0.0], [], []
         for i, message in enumerate(row.messages):
             words = self._encode(message.content, row.origin)
             weight = message.loss_weight if message.loss_weight is not None else float(self.supervise != "weighted")
@@ -51,12 +51,13 @@ class WordRenderer(Renderer):
             if is_trained:
                 examples.append(TokenizedExample.from_ids(list(ids), list(weights), row.origin))
                 weights = [0.0 if rewrites else weight for weight in weights]
+                turns.append(i)
         if not examples:
             raise RowError("nothing_supervised", row.origin, "has no turn to train on. Remove it.")
         if not rewrites:
-            return examples[-1:]
+            return [RenderedExample(examples[-1], tuple(turns))]
         self.counts["expanded"] += len(examples) - 1
-        return examples
+        return [RenderedExample(example, (i,)) for example, i in zip(examples, turns, strict=True)]
 
     def _encode(self, text, origin):
         if text == "rewrites":
