@@ -16,7 +16,7 @@ from sft_jax.data.templates import ChatTemplate, TemplateError
 from sft_jax.datatypes import Message, ToolCall
 
 _MAX_SHAPES = 100_000  # some 50 MB; then they are found out anew
-_NUM_LAST_ROUNDS = 3  # of long conversations
+_NUM_LAST_ROUNDS = 2  # of long conversations
 
 
 class Gap(NamedTuple):
