@@ -29,7 +29,7 @@ def find_borders(proto: Any) -> re.Pattern[str] | None:
     # A unigram model adds up scores along the whole text, and their rounding may decide.
     if trainer.model_type != trainer.BPE or not normalizer.escape_whitespaces or _SPACE not in pieces:
         return None
-    if any(re.search("[^▁]▁", piece) for piece in pieces):
+    if re.search("[^▁ ]▁", " ".join(pieces)):  # no piece that can match holds a space itself
         return None
     joins_newlines = any("\n" in piece and piece.strip("\n") for piece in pieces)
     return _CUT_AT_SPACES if joins_newlines else _CUT_AT_NEWLINES_TOO
