@@ -114,7 +114,7 @@ def run(config: Config, console: Console | None = None) -> epath.Path:
             soft_wrap=True,
         )
     if config.checkpoint.export:
-        params, template = {**state.params, **frozen}, renderer.template.text
+        params, template = placed.merge({**state.params, **frozen}), renderer.template.text
         dtype = config.model.param_dtype
         export_pretrained(
             run_dir / "export", params, placed.model, renderer.tokenizer, template, renderer.stop_ids, dtype
@@ -170,7 +170,7 @@ def describe_run(console: Console, placed: ModelOnMesh, data: PackedDataset, ren
     report = data.report
     lines = {
         "mesh": f"{axes} ({jax.devices()[0].device_kind})",
-        "parameters": f"{num_params(placed.model):,}, of which {trained:,} train",
+        "parameters": f"{num_params(placed.model):,}, and {trained:,} train",
         "state": f"{state_bytes / 2**20:,.1f} MiB per device: trained parameters and optimizer",
         "data": f"{report['examples']:,} examples in {report['rows_per_epoch']:,} rows, "
         f"{report['fill_fraction']:.1%} full, {report['supervised_fraction']:.1%} of tokens supervised",

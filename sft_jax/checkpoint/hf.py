@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -35,8 +35,9 @@ from sft_jax.checkpoint.safetensors_io import (
 )
 from sft_jax.data.tokenizer import Tokenizer
 from sft_jax.datatypes import ConfigError, StorageError
+from sft_jax.model import quantized
 from sft_jax.model.families import TransformerConfig, read_hf_config, to_hf_config
-from sft_jax.model.transformer import Params
+from sft_jax.model.transformer import Params, linears
 from sft_jax.typing import Array
 
 Index = tuple[slice, ...]
@@ -79,7 +80,7 @@ def load_pretrained(
     folder: str | os.PathLike[str],
     config: TransformerConfig,
     shardings: Mapping[str, Sharding] | None,
-    dtype: str,
+    dtype: str | Mapping[str, str],
 ) -> Params:
     """Read a folder's weights, each device's part straight onto it.
 
@@ -89,14 +90,17 @@ def load_pretrained(
       config: the folder's, from `read_config`, or with a larger vocabulary. New rows of embedding and head are the mean
         of the folder's, so that a new token starts as an average one (https://nlp.stanford.edu/~johnhew/vocab-expansion.html).
       shardings: by parameter path; None: everything on the default device.
-      dtype: of the parameters.
+      dtype: of the parameters, or of each by path. A kernel's may be a format of model/quantized.py: it is quantized as
+        it is read, and its codes and scales stand in its place, `....query.nf4` and `....query.scales`.
 
     Raises:
       StorageError: where the folder is not exactly what its config.json describes, or a weight is NaN or infinite.
       ConfigError: for float64 without `jax_enable_x64`.
     """
-    if jax.dtypes.canonicalize_dtype(dtype) != jnp.dtype(dtype):
-        raise ConfigError(f"config.model.param_dtype: is {dtype}, which jax would narrow. Set JAX_ENABLE_X64=1.")
+    rules = tensor_rules(config)
+    dtypes = {rule.path: dtype for rule in rules} if isinstance(dtype, str) else dtype
+    if "float64" in dtypes.values() and jax.dtypes.canonicalize_dtype("float64") != jnp.float64:
+        raise ConfigError("config.model.param_dtype: is float64, which jax would narrow. Set JAX_ENABLE_X64=1.")
     stored, _ = read_config(folder)
     assert dataclasses.replace(stored, vocab_size=config.vocab_size) == config, f"{folder} holds {stored}"
     assert stored.vocab_size <= config.vocab_size, f"{folder} has {stored.vocab_size} rows, not {config.vocab_size}"
@@ -105,11 +109,48 @@ def load_pretrained(
     if stored.tie_embeddings:
         _check_tied(index)
     params = {}
-    for rule in tensor_rules(config):
+    for rule in rules:
         source = _make_source(rule, matched[rule.path], stored, config)
-        sharding = shardings[rule.path] if shardings is not None else SingleDeviceSharding(jax.devices()[0])
-        params[rule.path] = _place_shards(source.shape, sharding, partial(_read_shard, source, dtype=dtype))
+        for path, part in _parts(source, dtypes[rule.path], config).items():
+            sharding = shardings[path] if shardings is not None else SingleDeviceSharding(jax.devices()[0])
+            params[path] = _place_shards(part.shape, sharding, part.read)
     return params
+
+
+class _Part(NamedTuple):
+    """An array that is made of a source: its shape, and how to read a shard of it."""
+
+    shape: tuple[int, ...]
+    read: Callable[[Index], np.ndarray]
+
+
+def _parts(source: _Source, dtype: str, config: TransformerConfig) -> dict[str, _Part]:
+    """The one array of most parameters, by path; or the codes and the scales of a quantized kernel."""
+    path = source.rule.path
+    if dtype not in quantized.FORMATS:
+        return {path: _Part(source.shape, partial(_read_shard, source, dtype=dtype))}
+    # Reading twice costs less than holding both: the second time the pages are in memory.
+    module = path.removesuffix(".kernel")
+    axis = len(source.shape) - len(linears(config)[module].out_dims) - 1  # the last that is summed over
+    block = quantized.block_size(source.shape[axis], module)
+    encode = partial(quantized.encode, axis=axis, block=block, form=dtype)
+    scale = partial(quantized.find_scales, axis=axis, block=block, form=dtype)
+
+    def part(make: Callable[[np.ndarray], np.ndarray], factor: int) -> _Part:
+        shape = (*source.shape[:axis], source.shape[axis] // factor, *source.shape[axis + 1 :])
+
+        def read(index: Index) -> np.ndarray:
+            at = index[axis]
+            wide = (*index[:axis], slice(at.start * factor, at.stop * factor), *index[axis + 1 :])
+            layers = [slice(layer, layer + 1) for layer in range(index[0].start, index[0].stop)]
+            return np.concatenate([make(_read_shard(source, (layer, *wide[1:]), "float32")) for layer in layers])
+
+        return _Part(shape, read)
+
+    return {
+        f"{module}.{dtype}": part(encode, quantized.codes_per_byte(dtype)),
+        f"{module}.{quantized.SCALES}": part(scale, block),
+    }
 
 
 def _check_tied(index: Mapping[str, TensorInfo]) -> None:

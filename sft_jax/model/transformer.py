@@ -16,6 +16,7 @@ Parameters travel as a flat dict by dotted path, layers stacked in front:
 
 import functools
 import re
+import zlib
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
@@ -29,7 +30,7 @@ from sft_jax.datatypes import ConfigError
 from sft_jax.model.attention import Rows, attend
 from sft_jax.model.families import TransformerConfig
 from sft_jax.model.layers import DecoderLayer, RMSNorm, rope_for
-from sft_jax.model.linear import Linear
+from sft_jax.model.linear import DROPOUT_KEYS, OPTIONAL, Linear
 from sft_jax.sharding import constrain
 from sft_jax.typing import Array, Float, Int, Key
 
@@ -62,6 +63,13 @@ class EmbeddingNoise(NamedTuple):
 
     keys: Key[Array, " B"]
     alpha: float
+
+
+class AdapterDropout(NamedTuple):
+    """Dropout of what adapters read, while training. Keys as in EmbeddingNoise, from which every map draws its own."""
+
+    keys: Key[Array, " B"]
+    rate: float
 
 
 class KVCache(NamedTuple):
@@ -179,15 +187,65 @@ def _rematerialized(body: Callable[..., Any], name: str) -> Callable[..., Any]:
     raise ConfigError(f"config.model.remat: is {name!r}; expected none, dots or full.")
 
 
+def _abstract(config: TransformerConfig) -> Transformer:
+    return jax.eval_shape(lambda: Transformer(config, jax.random.key(0), jnp.float32))
+
+
+def _linears_of(model: Transformer) -> dict[str, Linear]:
+    """The linear maps of the layers by path. The head is none: its matrix is multiplied elsewhere."""
+    found = {".".join(map(str, path)): module for path, module in nnx.iter_modules(model) if isinstance(module, Linear)}
+    return {path: found[path] for path in sorted(found) if path.startswith("layers.")}
+
+
 @functools.lru_cache
-def _graphdef(config: TransformerConfig) -> Any:
-    """The module's structure, without any array."""
-    return nnx.split(jax.eval_shape(lambda: Transformer(config, jax.random.key(0), jnp.float32)))[0]
+def linears(config: TransformerConfig) -> dict[str, Linear]:
+    """The linear maps of the layers by path, such as `layers.attention.query`, with shapes for arrays."""
+    return _linears_of(_abstract(config))
 
 
-def _merge(params: Mapping[str, Array], config: TransformerConfig) -> Transformer:
-    state = nnx.from_flat_state([(tuple(path.split(".")), nnx.Param(value)) for path, value in params.items()])
-    return nnx.merge(_graphdef(config), state)
+@functools.lru_cache
+def _graphdef(config: TransformerConfig, paths: frozenset[str], lora_dropout: float) -> Any:
+    """The module's structure, without any array: linear maps have what the parameters at `paths` give them."""
+    model = _abstract(config)
+    for path, linear in _linears_of(model).items():
+        for name in OPTIONAL:
+            wanted = f"{path}.{name}" in paths
+            if wanted and not hasattr(linear, name):
+                setattr(linear, name, nnx.Param(jax.ShapeDtypeStruct((), jnp.float32)))
+            elif hasattr(linear, name) and not wanted:
+                delattr(linear, name)
+        linear.lora_scale, linear.lora_dropout = config.lora_scale, lora_dropout
+    return nnx.split(model)[0]
+
+
+def _merge(
+    params: Mapping[str, Array], config: TransformerConfig, dropout: AdapterDropout | None = None
+) -> Transformer:
+    if dropout is not None:
+        params = {**params, **_dropout_keys(params, dropout)}
+    state = nnx.from_flat_state([(_path_parts(path), nnx.Param(value)) for path, value in params.items()])
+    return nnx.merge(_graphdef(config, frozenset(params), 0.0 if dropout is None else dropout.rate), state)
+
+
+def _path_parts(path: str) -> tuple[str | int, ...]:
+    return tuple(int(part) if part.isdigit() else part for part in path.split("."))
+
+
+def _dropout_keys(params: Mapping[str, Array], dropout: AdapterDropout) -> Params:
+    """A key for each adapter of each layer and each row, stacked as its kernels are: [layers, B]."""
+    keys = {}
+    for path, value in params.items():
+        module, name = path.rsplit(".", 1)
+        if name == "lora_a":
+            of_module = jax.vmap(lambda key, path=path: fold_in_path(key, path))(dropout.keys)
+            of_layer = jax.vmap(jax.vmap(jax.random.fold_in, (0, None)), (None, 0))
+            keys[f"{module}.{DROPOUT_KEYS}"] = of_layer(of_module, jnp.arange(len(value)))
+    return keys
+
+
+def fold_in_path(key: Key[Array, ""], path: str) -> Key[Array, ""]:
+    """A key of its own for each path, whatever other paths there are."""
+    return jax.random.fold_in(key, zlib.crc32(path.encode()))
 
 
 def init_params(config: TransformerConfig, key: Key[Array, ""], dtype: DTypeLike) -> Params:
@@ -213,6 +271,7 @@ def forward(
     attention: str,
     mesh: Mesh | AbstractMesh | None = None,
     noise: EmbeddingNoise | None = None,
+    dropout: AdapterDropout | None = None,
 ) -> Float[Array, "B L D"]:
     """Hidden states of packed rows, in compute_dtype. Those of padding are finite and depend on no token.
 
@@ -221,11 +280,12 @@ def forward(
       attention: the kernel's name.
       mesh: pins the activations' shardings; None leaves them to the compiler.
       noise: NEFTune, while training.
+      dropout: of adapters, while training.
 
     Raises:
       ConfigError: for an unknown `remat` or `attention`.
     """
-    model = _merge(params, config)
+    model = _merge(params, config, dropout)
     rows = Rows(positions, segment_ids)
     return model(inputs, rows, compute_dtype=compute_dtype, remat=remat, attention=attention, mesh=mesh, noise=noise)
 

@@ -11,7 +11,7 @@ from jax.sharding import AbstractMesh, Mesh
 
 from sft_jax.config_schema import Config
 from sft_jax.model.families import TransformerConfig
-from sft_jax.model.transformer import EmbeddingNoise, Params, forward, output_head
+from sft_jax.model.transformer import AdapterDropout, EmbeddingNoise, Params, forward, output_head
 from sft_jax.sharding import Batch, constrain
 from sft_jax.training.loss import LossSums, sum_cross_entropy
 from sft_jax.training.state import TrainState
@@ -98,10 +98,11 @@ def sum_batch_loss(
     """(loss_sum, LossSums) of one microbatch. Noise is keyed by the global row, so no mesh or microbatch changes it."""
     dtype = jnp.dtype(config.model.compute_dtype)
     every = {**params, **frozen}
-    noise = None
-    if config.model.neftune_alpha and noise_seed is not None:
+    noise, dropout = None, None
+    if noise_seed is not None:
         keys = jax.vmap(partial(jax.random.fold_in, jax.random.key(noise_seed)))(batch.rows)
-        noise = EmbeddingNoise(keys, config.model.neftune_alpha)
+        noise = EmbeddingNoise(keys, config.model.neftune_alpha) if config.model.neftune_alpha else None
+        dropout = AdapterDropout(keys, config.lora.dropout) if config.lora.dropout else None
     hidden = forward(
         every,
         model,
@@ -113,6 +114,7 @@ def sum_batch_loss(
         attention=config.model.attention,
         mesh=mesh,
         noise=noise,
+        dropout=dropout,
     )
     head = output_head(every).astype(dtype)
     sums = sum_cross_entropy(hidden, head, batch.targets, batch.loss_weights, config.loss, mesh)
