@@ -232,7 +232,7 @@ class LoraConfig:
     """How the frozen kernels of the layers are held: none (in model.frozen_dtype), int8, int4 or nf4, in blocks of 64
     with a scale each (QLoRA, arXiv:2305.14314)."""
     init_from: str = ""
-    """Folder of an adapter to go on from, as PEFT and `sft-jax export --adapter` write; empty: one that does nothing."""
+    """Folder of an adapter to go on from, as PEFT and `sft-jax export --adapter` write; empty: a new one."""
 
     @property
     def scale(self) -> float:

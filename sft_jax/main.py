@@ -14,6 +14,7 @@ from rich.console import Console
 
 from sft_jax.checkpoint.hf import check_export_target, export_pretrained
 from sft_jax.checkpoint.manager import CheckpointManager
+from sft_jax.checkpoint.peft import export_adapter
 from sft_jax.command_line import config_parser, read_config, run_command
 from sft_jax.config import warnings_for
 from sft_jax.config_schema import Config
@@ -120,6 +121,9 @@ def run(config: Config, console: Console | None = None) -> epath.Path:
             run_dir / "export", params, placed.model, renderer.tokenizer, template, renderer.stop_ids, dtype
         )
         console.print(f"exported to {run_dir / 'export'}", soft_wrap=True)
+        if config.lora.rank:
+            export_adapter(run_dir / "adapter", state.params, placed.model, config.lora, config.model.path, dtype)
+            console.print(f"adapter alone in {run_dir / 'adapter'}", soft_wrap=True)
     return run_dir
 
 

@@ -8,9 +8,10 @@ from etils import epath
 
 from sft_jax.checkpoint.hf import export_pretrained
 from sft_jax.checkpoint.manager import CheckpointManager
+from sft_jax.checkpoint.peft import export_adapter
 from sft_jax.command_line import run_command
 from sft_jax.config import from_config_dict
-from sft_jax.datatypes import StorageError
+from sft_jax.datatypes import ConfigError, StorageError
 from sft_jax.experiment import open_renderer, place_model
 
 
@@ -24,6 +25,9 @@ def main(args: list[str]) -> int:
     parser.add_argument("--run", required=True, metavar="DIR", help="the run directory")
     parser.add_argument("--to", required=True, metavar="DIR", help="the new folder")
     parser.add_argument("--step", type=int, metavar="N", help="default: the newest")
+    parts = parser.add_mutually_exclusive_group()
+    parts.add_argument("--adapter", action="store_true", help="of a LoRA run: the adapter alone, as peft loads it")
+    parts.add_argument("--merge", action="store_true", help="of a LoRA run: the whole model, adapter merged (default)")
     options = parser.parse_args(args)
 
     run_dir = epath.Path(options.run)
@@ -35,10 +39,16 @@ def main(args: list[str]) -> int:
     if step is None:
         raise StorageError(f"--run={run_dir}: has no finished checkpoint yet.")
 
+    if (options.adapter or options.merge) and not config.lora.rank:
+        raise ConfigError(f"--run={run_dir}: has no adapter (config.lora.rank is 0). Leave --adapter and --merge out.")
     renderer = open_renderer(config)
     placed = place_model(config, renderer)
-    params = manager.restore_params(step, placed.abstract_state.params) | placed.open_frozen()
-    dtype = config.model.param_dtype
+    trained, dtype = manager.restore_params(step, placed.abstract_state.params), config.model.param_dtype
+    if options.adapter:
+        export_adapter(options.to, trained, placed.model, config.lora, config.model.path, dtype)
+        print(f"adapter of step {step} exported to {options.to}")
+        return 0
+    params = placed.merge(trained | placed.open_frozen())
     export_pretrained(
         options.to, params, placed.model, renderer.tokenizer, renderer.template.text, renderer.stop_ids, dtype
     )

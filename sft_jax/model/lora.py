@@ -102,7 +102,7 @@ def lay_out(
     for module in targets:
         dtype = base[f"{module}.kernel"].dtype
         for name, pairs in _adapter_dims(kernels[module], lora).items():
-            trainable[f"{module}.{name}"] = Leaf(*zip(*pairs, strict=True), dtype)
+            trainable[f"{module}.{name}"] = Leaf(tuple(n for n, _ in pairs), tuple(size for _, size in pairs), dtype)
     return trainable, frozen
 
 

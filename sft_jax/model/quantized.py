@@ -3,7 +3,7 @@
 Blocks run along one dim of the kernel, the last that is summed over, so that a mesh splits codes and scales as it does
 the kernel. Two codes of 4 bits share a byte, the first half of a block in the low bits, the second in the high bits:
 
-    block of 4:  0.1  -0.4  0.8  0.2     scale 0.8     nf4 of x / scale:  9  3 15 10     bytes:  0xf9  0xa3
+    block of 4:  0.1  -0.4  0.8  0.2     scale 0.8     nf4 of x / scale:  9  2 15 10     bytes:  0xf9  0xa2
 
 Encoding is numpy on the host, one part of one layer at a time while weights stream in; decoding is in the layer that
 multiplies. Own code, not qwix's: its nf4 holds a code a byte on most backends and looks each up by a gather, and it
