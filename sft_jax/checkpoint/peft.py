@@ -1,10 +1,11 @@
 """Adapters <-> a folder that `peft` loads: adapter_config.json and adapter_model.safetensors.
 
-    ours                                           theirs, after base_model.model.model.
-    layers.attention.query.lora_a     [S, D, R]    layers.{layer}.self_attn.q_proj.lora_A.weight          [R, D]
-    layers.attention.query.lora_b     [S, R, N, H] layers.{layer}.self_attn.q_proj.lora_B.weight          [N*H, R]
-    layers.attention.query.magnitude  [S, N, H]    layers.{layer}.self_attn.q_proj.lora_magnitude_vector  [N*H]
-    embed.embedding, if it trains     [V, D]       embed_tokens.weight                                    [V, D]
+    ours, of layers.0.0.                    theirs, of base_model.model.model.layers.{layer}.
+    attention.query.lora_a     [S, D, R]    self_attn.q_proj.lora_A.weight          [R, D]
+    attention.query.lora_b     [S, R, N, H] self_attn.q_proj.lora_B.weight          [N*H, R]
+    attention.query.magnitude  [S, N, H]    self_attn.q_proj.lora_magnitude_vector  [N*H]
+
+and what trains whole, such as embed.embedding [V, D], under its own name.
 
 Source of the names: https://huggingface.co/docs/peft/developer_guides/checkpoint
 """
@@ -66,7 +67,8 @@ class AdapterTensor(NamedTuple):
 
     name: str
     path: str
-    layer: int | None
+    place: int | None
+    """In the stack of layers; None: the parameter belongs to no layer."""
     shape: tuple[int, ...]
 
 
@@ -83,19 +85,19 @@ def module_names(config: TransformerConfig) -> dict[str, set[str]]:
 
 def adapter_tensors(config: TransformerConfig, shapes: Mapping[str, tuple[int, ...]]) -> Iterator[AdapterTensor]:
     """Every tensor of the folder of a run whose trained parameters have `shapes`."""
-    for hf_name, rule, layer in hf_tensors(config):
-        module, at = rule.path.removesuffix(".kernel"), layer if rule.is_stacked else None
+    for hf_name, (rule, *_), stacked_at in hf_tensors(config):
+        module, place = rule.path.removesuffix(".kernel"), stacked_at if rule.is_stacked else None
         name = _PREFIX + hf_name
         if rule.path in shapes:
-            yield AdapterTensor(name, rule.path, at, rule.hf_shape(config))
+            yield AdapterTensor(name, rule.path, place, rule.hf_shape(config))
             if rule is EMBEDDING and config.tie_embeddings:  # PEFT copies what it saves, which unties the two
-                yield AdapterTensor(_PREFIX + HEAD.hf_name, rule.path, at, rule.hf_shape(config))
+                yield AdapterTensor(_PREFIX + HEAD.hf_name, rule.path, place, rule.hf_shape(config))
         if f"{module}.lora_a" in shapes:
             outs, ins = rule.hf_shape(config)
             rank = shapes[f"{module}.lora_a"][-1]
             for ours, shape in {"lora_a": (rank, ins), "lora_b": (outs, rank), "magnitude": (outs,)}.items():
                 if f"{module}.{ours}" in shapes:
-                    yield AdapterTensor(name.removesuffix("weight") + _SUFFIXES[ours], f"{module}.{ours}", at, shape)
+                    yield AdapterTensor(name.removesuffix("weight") + _SUFFIXES[ours], f"{module}.{ours}", place, shape)
 
 
 def export_adapter(
@@ -169,7 +171,7 @@ def _shorten(targets: set[str], config: TransformerConfig) -> set[str]:
 
 def _to_peft(trained: Params, tensor: AdapterTensor, rules: Mapping[str, TensorRule], dtype: str) -> np.ndarray:
     value = trained[tensor.path]
-    part = value if tensor.layer is None else value[tensor.layer]
+    part = value if tensor.place is None else value[tensor.place]
     if not part.is_fully_addressable:
         part = multihost_utils.process_allgather(part, tiled=True)
     host = np.asarray(part)
@@ -214,7 +216,7 @@ def load_adapter(
         values = _from_peft(map_tensor(index[tensor.name]), tensor, rules, config)
         if not np.isfinite(values).all():
             raise StorageError(f"{index[tensor.name]} has NaN or infinite values. Use another adapter.")
-        out = host[tensor.path] if tensor.layer is None else host[tensor.path][tensor.layer]
+        out = host[tensor.path] if tensor.place is None else host[tensor.path][tensor.place]
         if tensor.name == _PREFIX + HEAD.hf_name and config.tie_embeddings:
             if not np.array_equal(out, values.reshape(out.shape).astype(out.dtype)):
                 raise StorageError(

@@ -10,21 +10,20 @@ What a map does follows from which parameters it has:
 """
 
 import math
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
 from jax.typing import DTypeLike
 
-from sft_jax.model import quantized
+from sft_jax.model import dropout, quantized
 from sft_jax.typing import Array, Float
 
 STORED = ("kernel", *quantized.FORMATS, quantized.SCALES)
 ADAPTERS = ("lora_a", "lora_b", "magnitude")
-DROPOUT_KEYS = "dropout_keys"
 # Those that a Linear may have or lack; `transformer.forward` gives it what the parameters hold.
-OPTIONAL = (*STORED, *ADAPTERS, DROPOUT_KEYS)
+OPTIONAL = (*STORED, *ADAPTERS, dropout.KEYS)
 
 
 class Linear(nnx.Module):
@@ -50,6 +49,15 @@ class Linear(nnx.Module):
         if use_bias:
             self.bias = nnx.Param(jnp.zeros(out_dims, dtype))
 
+    def hold(self, names: Collection[str], lora_scale: float, lora_dropout: float) -> None:
+        """Have those of OPTIONAL that `names` says, whose arrays come later, and no others."""
+        for name in OPTIONAL:
+            if name in names and not hasattr(self, name):
+                setattr(self, name, nnx.Param(jax.ShapeDtypeStruct((), jnp.float32)))
+            elif hasattr(self, name) and name not in names:
+                delattr(self, name)
+        self.lora_scale, self.lora_dropout = lora_scale, lora_dropout
+
     def __call__(self, x: Float[Array, "B L ..."]) -> Float[Array, "B L ..."]:
         # One plain matrix product over [B * L]: with B and L apart, XLA on CPU takes twice as long for the gradient of
         # the kernel (33 against 18 ms for 4,096 x 288 x 768). Rows stay local, since L is not sharded.
@@ -57,9 +65,9 @@ class Linear(nnx.Module):
         x_TI = x.reshape(-1, math.prod(self.in_dims))
         y_TO = self._multiply(x_TI)
         if hasattr(self, "lora_a"):
-            y_TO = self._adapt(x_TI, y_TO, batch_shape)
+            y_TO = self._adapt(x_TI, y_TO)
         y = y_TO.reshape(*batch_shape, *self.out_dims)
-        return y + self.bias[...].astype(x.dtype) if hasattr(self, "bias") else y
+        return y + self.bias[...].astype(x.dtype)[None, None] if hasattr(self, "bias") else y
 
     def _multiply(self, x_TI: Array) -> Array:
         """Times the kernel. A quantized one is decoded again in the backward pass: decoded, it is never kept."""
@@ -72,13 +80,12 @@ class Linear(nnx.Module):
         parts = {name: getattr(self, name)[...] for name in STORED if hasattr(self, name)}
         return read_kernel(parts, len(self.out_dims), dtype).reshape(math.prod(self.in_dims), -1)
 
-    def _adapt(self, x_TI: Array, y_TO: Array, batch_shape: tuple[int, ...]) -> Array:
+    def _adapt(self, x_TI: Array, y_TO: Array) -> Array:
         a_IR = self.lora_a[...].astype(x_TI.dtype).reshape(x_TI.shape[1], -1)
         b_RO = self.lora_b[...].astype(x_TI.dtype).reshape(a_IR.shape[1], -1)
-        dropped_TI = x_TI
-        if hasattr(self, DROPOUT_KEYS):
-            dropped_TI = drop(x_TI, self.dropout_keys[...], batch_shape, self.lora_dropout)
-        y_TO = y_TO + self.lora_scale * ((dropped_TI @ a_IR) @ b_RO)
+        if hasattr(self, dropout.KEYS):
+            x_TI = dropout.drop(x_TI, self.dropout_keys[...], self.lora_dropout)
+        y_TO = y_TO + self.lora_scale * ((x_TI @ a_IR) @ b_RO)
         if not hasattr(self, "magnitude"):
             return y_TO
         wide = jnp.promote_types(x_TI.dtype, jnp.float32)  # squares of bfloat16 would lose the lengths
@@ -107,13 +114,6 @@ def merge_kernel(parts: Mapping[str, Array], num_out: int, lora_scale: float) ->
         factors_O = parts["magnitude"].astype(dtype).reshape(-1) / column_lengths(kernel_IO, a_IR, b_RO, lora_scale)
         merged_IO = merged_IO * factors_O[None, :]
     return merged_IO.reshape(kernel.shape)
-
-
-def drop(x_TI: Array, keys_B: Array, batch_shape: tuple[int, ...], rate: float) -> Array:
-    """Inverted dropout with a draw of its own for each global row."""
-    draw = lambda key: jax.random.bernoulli(key, 1 - rate, (batch_shape[1], x_TI.shape[1]))  # noqa: E731
-    kept_TI = jax.vmap(draw)(keys_B).reshape(x_TI.shape)
-    return jnp.where(kept_TI, x_TI / (1 - rate), 0)
 
 
 def column_lengths(

@@ -20,9 +20,10 @@ import jax.numpy as jnp
 from sft_jax.config_schema import LoraConfig
 from sft_jax.datatypes import ConfigError
 from sft_jax.model import quantized
+from sft_jax.model.dropout import fold_in_path
 from sft_jax.model.families import TransformerConfig
 from sft_jax.model.linear import ADAPTERS, STORED, column_lengths, merge_kernel, read_kernel
-from sft_jax.model.transformer import Params, fold_in_path, linears, logical_dims
+from sft_jax.model.transformer import Params, linears, logical_dims
 from sft_jax.typing import Array, Key
 
 
@@ -43,7 +44,7 @@ class Kernel(NamedTuple):
 
 
 def find_kernels(model: TransformerConfig, base: Mapping[str, jax.ShapeDtypeStruct]) -> dict[str, Kernel]:
-    """Every linear map of the layers by its path, such as `layers.attention.query`."""
+    """Every linear map of the layers by its path, such as `layers.0.0.attention.query`."""
     kernels = {}
     for path, linear in linears(model).items():
         dims = tuple(zip(logical_dims(f"{path}.kernel"), base[f"{path}.kernel"].shape, strict=True))

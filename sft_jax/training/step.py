@@ -10,8 +10,9 @@ import optax
 from jax.sharding import AbstractMesh, Mesh
 
 from sft_jax.config_schema import Config
+from sft_jax.model.dropout import AdapterDropout
 from sft_jax.model.families import TransformerConfig
-from sft_jax.model.transformer import AdapterDropout, EmbeddingNoise, Params, forward, output_head
+from sft_jax.model.transformer import EmbeddingNoise, Params, forward, output_head
 from sft_jax.sharding import Batch, constrain
 from sft_jax.training.loss import LossSums, sum_cross_entropy
 from sft_jax.training.state import TrainState
@@ -117,7 +118,7 @@ def sum_batch_loss(
         dropout=dropout,
     )
     head = output_head(every).astype(dtype)
-    sums = sum_cross_entropy(hidden, head, batch.targets, batch.loss_weights, config.loss, mesh)
+    sums = sum_cross_entropy(hidden, head, batch.targets, batch.loss_weights, config.loss, mesh, model.logit_shape)
     return sums.loss_sum, sums
 
 

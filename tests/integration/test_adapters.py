@@ -25,7 +25,8 @@ from sft_jax.config_schema import (
 )
 from sft_jax.datatypes import ConfigError
 from sft_jax.experiment import ModelOnMesh
-from sft_jax.model.families import TransformerConfig
+from sft_jax.model.families import LayerConfig, TransformerConfig, same_layers
+from sft_jax.model.rope import RopeConfig
 from sft_jax.model.transformer import forward
 from sft_jax.sharding import Batch, build_mesh, spec_for
 from sft_jax.training.optimizer import build_schedule
@@ -33,12 +34,12 @@ from sft_jax.training.state import init_state
 from sft_jax.training.step import make_eval_step, make_train_step
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "checkpoint"))
-from llama_folder import llama_tensors, write_folder  # noqa: E402
+from llama_folder import llama_tensors, write_folder
 
 # Dims that a mesh of 2 x 2 x 2 divides into whole blocks of 64.
 MODEL = TransformerConfig(
-    vocab_size=48, num_layers=2, embed_dim=128, mlp_dim=256, num_heads=4, num_kv_heads=2, head_dim=6,
-    rope_theta=100.0, norm_eps=1e-5, tie_embeddings=True, max_position=64,
+    vocab_size=48, layers=same_layers(2, LayerConfig(rope=RopeConfig(theta=100.0))), embed_dim=128, mlp_dim=256,
+    num_heads=4, num_kv_heads=2, head_dim=6, norm_eps=1e-5, tie_embeddings=True, max_position=64,
 )  # fmt: skip
 B, L = 8, 12
 VARIANTS = {
@@ -83,7 +84,9 @@ def draw_like(params, seed=3):
     values = {}
     for i, path in enumerate(sorted(params)):
         noise = np.random.default_rng([seed, i]).normal(size=params[path].shape) * 0.1
-        values[path] = jax.device_put(np.asarray(params[path]) + noise.astype(params[path].dtype), params[path].sharding)
+        values[path] = jax.device_put(
+            np.asarray(params[path]) + noise.astype(params[path].dtype), params[path].sharding
+        )
     return values
 
 
@@ -98,7 +101,7 @@ def make_batch():
 
 
 def run_model(placed, params):
-    batch = make_batch()
+    batch = jax.tree.map(jnp.asarray, make_batch())
     options = dict(compute_dtype=placed.config.model.compute_dtype, remat="full", attention="reference")
     run = jax.jit(lambda p: forward(p, placed.model, batch.inputs, batch.positions, batch.segment_ids, **options))
     return np.asarray(run(params))
@@ -192,7 +195,7 @@ def test_the_compiled_step_returns_no_byte_of_the_base_and_makes_no_second_one(f
     text = compiled.as_text()
     for path, leaf in placed._base.items():
         if path.endswith(".kernel"):
-            merged = [math_prod for math_prod in _merged_shapes(leaf.shape)]
+            merged = list(_merged_shapes(leaf.shape))
             wide = [shape for shape in merged if re.search(rf"f32\[{shape}\]", text)]
             assert not wide, (path, wide)
 
@@ -230,7 +233,7 @@ def test_dropout_is_drawn_in_training_only_and_follows_row_and_seed(folder):
 @pytest.mark.parametrize(
     ("lora", "message"),
     [
-        (dict(targets=("q_proj", "qproj")), "config.lora.targets: 'qproj' matches nothing. There are layers"),
+        (dict(targets=("q_proj", "qproj")), "config.lora.targets: 'qproj' matches nothing. There are layers.0.0"),
         (dict(modules_to_save=("lm_head",)), "config.lora.modules_to_save: 'lm_head' matches nothing"),
         (dict(modules_to_save=("v_proj",)), "attention.value is in targets and in modules_to_save"),
     ],
@@ -243,5 +246,5 @@ def test_names_that_mean_nothing_are_refused(folder, lora, message):
 def test_new_tokens_need_rows_that_train(folder):
     placed = place(folder)
     config = dataclasses.replace(placed.config, data=DataConfig(new_tokens=("<x>",)))
-    with pytest.raises(ConfigError, match="leaves out embed, and config.data.new_tokens adds tokens"):
+    with pytest.raises(ConfigError, match=r"leaves out embed, and config\.data\.new_tokens adds tokens"):
         _ = dataclasses.replace(placed, config=config).leaves

@@ -7,8 +7,8 @@ import pytest
 from sft_jax.config_schema import LoraConfig
 from sft_jax.datatypes import ConfigError
 from sft_jax.model import quantized
-from sft_jax.model.families import preset_config
 from sft_jax.model.lora import find_kernels, lay_out
+from sft_jax.model.presets import preset_config
 from sft_jax.model.transformer import abstract_params
 
 LEVELS = {"int8": np.arange(-128, 128), "int4": np.arange(-8, 8), "nf4": np.asarray(quantized.NF4)}
