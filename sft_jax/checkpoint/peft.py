@@ -158,6 +158,7 @@ def adapter_config(
         "bias": "none",
         "fan_in_fan_out": False,
         "init_lora_weights": True,
+        **({"ensure_weight_tying": True} if config.tie_embeddings and "model.embed_tokens" in saved else {}),
     }
 
 

@@ -70,15 +70,19 @@ class Linear(nnx.Module):
         return y + self.bias[...].astype(x.dtype)[None, None] if hasattr(self, "bias") else y
 
     def _multiply(self, x_TI: Array) -> Array:
-        """Times the kernel. A quantized one is decoded again in the backward pass: decoded, it is never kept."""
-        if hasattr(self, "kernel"):
-            return x_TI @ self._matrix(x_TI.dtype)
-        return jax.checkpoint(lambda x: x @ self._matrix(x.dtype))(x_TI)
+        """Times the kernel. One that is stored narrower is widened again in the backward pass: wide, it is never kept."""
+        stored = self._stored()
+        if next(iter(stored.values())).dtype.itemsize >= x_TI.dtype.itemsize:
+            return x_TI @ self._matrix(stored, x_TI.dtype)
 
-    def _matrix(self, dtype: DTypeLike) -> Array:
+        return jax.checkpoint(lambda x, stored: x @ self._matrix(stored, x.dtype))(x_TI, stored)
+
+    def _stored(self) -> dict[str, Array]:
+        return {name: getattr(self, name)[...] for name in STORED if hasattr(self, name)}
+
+    def _matrix(self, stored: Mapping[str, Array], dtype: DTypeLike) -> Array:
         """The kernel as [in, out] in `dtype`."""
-        parts = {name: getattr(self, name)[...] for name in STORED if hasattr(self, name)}
-        return read_kernel(parts, len(self.out_dims), dtype).reshape(math.prod(self.in_dims), -1)
+        return read_kernel(stored, len(self.out_dims), dtype).reshape(math.prod(self.in_dims), -1)
 
     def _adapt(self, x_TI: Array, y_TO: Array) -> Array:
         a_IR = self.lora_a[...].astype(x_TI.dtype).reshape(x_TI.shape[1], -1)
@@ -89,7 +93,9 @@ class Linear(nnx.Module):
         if not hasattr(self, "magnitude"):
             return y_TO
         wide = jnp.promote_types(x_TI.dtype, jnp.float32)  # squares of bfloat16 would lose the lengths
-        lengths_O = column_lengths(self._matrix(wide), a_IR.astype(wide), b_RO.astype(wide), self.lora_scale)
+        lengths_O = column_lengths(
+            self._matrix(self._stored(), wide), a_IR.astype(wide), b_RO.astype(wide), self.lora_scale
+        )
         factors_O = self.magnitude[...].astype(wide).reshape(-1) / lengths_O
         return y_TO * factors_O.astype(y_TO.dtype)[None, :]
 

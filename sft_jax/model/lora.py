@@ -143,7 +143,8 @@ def init_adapters(
         elif name == "lora_b":
             params[path] = jnp.zeros(leaf.shape, leaf.dtype)
         else:
-            params[path] = _kernel_lengths(frozen, module, kernels[module]).reshape(leaf.shape).astype(leaf.dtype)
+            lengths = _kernel_lengths(frozen, module, kernels[module], jnp.promote_types(leaf.dtype, jnp.float32))
+            params[path] = lengths.reshape(leaf.shape).astype(leaf.dtype)
     return params
 
 
@@ -155,7 +156,8 @@ def merge_adapters(
         module, name = path.rsplit(".", 1)
         if name in ADAPTERS or name == quantized.SCALES:
             continue
-        if f"{module}.lora_a" in params:
+        is_stored = name == "kernel" or name in quantized.FORMATS
+        if is_stored and f"{module}.lora_a" in params:
             merge = partial(merge_kernel, lora_scale=model.lora_scale)
             yield f"{module}.kernel", _map_stack(merge, params, module, kernels[module], dtype)
         elif name in quantized.FORMATS:
@@ -165,12 +167,10 @@ def merge_adapters(
             yield path, value.astype(dtype)
 
 
-def _kernel_lengths(frozen: Params, module: str, kernel: Kernel) -> Array:
-    """The length of each column of every kernel of a stack, at least float32."""
+def _kernel_lengths(frozen: Params, module: str, kernel: Kernel, dtype: Any) -> Array:
+    """The length of each column of every kernel of a stack."""
 
     def lengths(parts: Mapping[str, Array], num_out: int) -> Array:
-        stored = next(iter(parts.values()))
-        dtype = jnp.promote_types(stored.dtype, jnp.float32) if "kernel" in parts else jnp.float32
         matrix_IO = read_kernel(parts, num_out, dtype).reshape(math.prod(size for _, size in kernel.ins), -1)
         none_IR, none_RO = jnp.zeros((len(matrix_IO), 1), dtype), jnp.zeros((1, matrix_IO.shape[1]), dtype)
         return column_lengths(matrix_IO, none_IR, none_RO, 1.0)

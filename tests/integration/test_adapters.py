@@ -41,7 +41,7 @@ MODEL = TransformerConfig(
     vocab_size=48, layers=same_layers(2, LayerConfig(rope=RopeConfig(theta=100.0))), embed_dim=128, mlp_dim=256,
     num_heads=4, num_kv_heads=2, head_dim=6, norm_eps=1e-5, tie_embeddings=True, max_position=64,
 )  # fmt: skip
-B, L = 8, 12
+B, L = 16, 12
 VARIANTS = {
     "lora": dict(),
     "rslora": dict(use_rslora=True),
@@ -181,7 +181,8 @@ def test_a_step_leaves_the_base_as_it_was(folder, quantize):
 @pytest.mark.parametrize("quantize", ["none", "nf4"])
 @pytest.mark.parametrize("remat", ["full", "none"])
 def test_the_compiled_step_returns_no_byte_of_the_base_and_makes_no_second_one(folder, quantize, remat):
-    dtypes = dict(param_dtype="float32", frozen_dtype="bfloat16", compute_dtype="float32", remat=remat)
+    # float32 in float64, since XLA on CPU widens every bfloat16 array that a loop reads, whatever the program says.
+    dtypes = dict(frozen_dtype="float32", remat=remat)
     placed = place(folder, quantize=quantize, model=dtypes)
     trainable, frozen = placed.open_params()
     state = init_state(trainable, placed.optimizer)
@@ -196,7 +197,7 @@ def test_the_compiled_step_returns_no_byte_of_the_base_and_makes_no_second_one(f
     for path, leaf in placed._base.items():
         if path.endswith(".kernel"):
             merged = list(_merged_shapes(leaf.shape))
-            wide = [shape for shape in merged if re.search(rf"f32\[{shape}\]", text)]
+            wide = [shape for shape in merged if re.search(rf"f64\[{shape}\]", text)]
             assert not wide, (path, wide)
 
 
