@@ -24,8 +24,9 @@ from sft_jax.datatypes import ConfigError
 from sft_jax.model.families import TransformerConfig
 from sft_jax.model.lora import Kernel, Leaf, find_kernels, init_adapters, lay_out, match_names, merge_adapters
 from sft_jax.model.presets import preset_config
+from sft_jax.model.quantized import SCALES
 from sft_jax.model.transformer import Params, abstract_params, init_params, logical_dims
-from sft_jax.sharding import Batch, build_mesh, check_batch_divides, place_batch, replicated, shardings_for
+from sft_jax.sharding import Batch, build_mesh, check_batch_divides, num_parts, place_batch, replicated, shardings_for
 from sft_jax.training.evaluation import Evaluator, make_held_out_loss
 from sft_jax.training.loop import EarlyStopping
 from sft_jax.training.optimizer import build_optimizer
@@ -138,6 +139,12 @@ class ModelOnMesh:
         trainable, frozen = self.leaves
         leaves = trainable | frozen
         dims, shapes = ({path: getattr(leaf, name) for path, leaf in leaves.items()} for name in ("dims", "shape"))
+        for path in shapes:
+            if path.endswith(f".{SCALES}"):  # small enough to be everywhere, where there are fewer blocks than parts
+                fits = (
+                    size % num_parts(self.mesh, dim) == 0 for dim, size in zip(dims[path], shapes[path], strict=True)
+                )
+                dims[path] = tuple(dim if fit else None for dim, fit in zip(dims[path], fits, strict=True))
         return shardings_for(self.mesh, dims, shapes)
 
     @cached_property
@@ -196,7 +203,9 @@ class ModelOnMesh:
         """The plain model of these parameters: adapters added to their kernels, quantized kernels decoded."""
         if not self.config.lora.rank:
             return params
-        return dict(merge_adapters(params, self.kernels, self.model, jnp.dtype(self.config.model.param_dtype)))
+        return dict(
+            merge_adapters(params, self.kernels, self.config.lora.scale, jnp.dtype(self.config.model.param_dtype))
+        )
 
     def _open_base(self) -> Params:
         """The parameters of the model without adapters, as they are held."""
@@ -204,8 +213,7 @@ class ModelOnMesh:
         dtypes = {path: config.model.param_dtype if path in trainable else str(frozen[path].dtype) if path in frozen
                   else config.lora.quantize for path in self._base}  # fmt: skip
         if config.model.path:
-            base = dataclasses.replace(self.model, lora_scale=1.0)
-            return load_pretrained(config.model.path, base, self.shardings, dtypes)
+            return load_pretrained(config.model.path, self.model, self.shardings, dtypes)
 
         def init(key: Array) -> Params:
             params = init_params(self.model, key, config.model.param_dtype)
@@ -247,8 +255,7 @@ def place_model(config: Config, renderer: Renderer) -> ModelOnMesh:
     """
     mesh = build_mesh(config.mesh)
     check_batch_divides(config, mesh)
-    model = dataclasses.replace(open_model_config(config, renderer), lora_scale=config.lora.scale)
-    placed = ModelOnMesh(config, model, mesh)
+    placed = ModelOnMesh(config, open_model_config(config, renderer), mesh)
     assert placed.shardings  # made now, so that a wrong size or name is said before anything is read
     return placed
 

@@ -137,20 +137,25 @@ def _parts(source: _Source, dtype: str, config: TransformerConfig) -> dict[str, 
     encode = partial(quantized.encode, axis=axis, block=block, form=dtype)
     scale = partial(quantized.find_scales, axis=axis, block=block, form=dtype)
 
-    def part(make: Callable[[np.ndarray], np.ndarray], factor: int) -> _Part:
-        shape = (*source.shape[:axis], source.shape[axis] // factor, *source.shape[axis + 1 :])
+    def part(make: Callable[[np.ndarray], np.ndarray], per_block: int) -> _Part:
+        shape = (*source.shape[:axis], source.shape[axis] // block * per_block, *source.shape[axis + 1 :])
 
         def read(index: Index) -> np.ndarray:
-            at = index[axis]
-            wide = (*index[:axis], slice(at.start * factor, at.stop * factor), *index[axis + 1 :])
-            layers = [slice(layer, layer + 1) for layer in range(index[0].start, index[0].stop)]
-            return np.concatenate([make(_read_shard(source, (layer, *wide[1:]), "float32")) for layer in layers])
+            first, last = (
+                index[axis].start // per_block,
+                -(-index[axis].stop // per_block),
+            )  # a shard may begin in a block
+            whole = (*index[:axis], slice(first * block, last * block), *index[axis + 1 :])
+            inner = slice(index[axis].start - first * per_block, index[axis].stop - first * per_block)
+            kept = (*[slice(None)] * axis, inner)
+            layers = (slice(layer, layer + 1) for layer in range(index[0].start, index[0].stop))
+            return np.concatenate([make(_read_shard(source, (layer, *whole[1:]), "float32"))[kept] for layer in layers])
 
         return _Part(shape, read)
 
     return {
-        f"{module}.{dtype}": part(encode, quantized.codes_per_byte(dtype)),
-        f"{module}.{quantized.SCALES}": part(scale, block),
+        f"{module}.{dtype}": part(encode, block // quantized.codes_per_byte(dtype)),
+        f"{module}.{quantized.SCALES}": part(scale, 1),
     }
 
 

@@ -79,8 +79,6 @@ class TransformerConfig:
     """Tokens in the longest sequence that the model was made for. The caller decides about longer ones."""
     initializer_range: float = 0.02
     """Standard deviation of randomly initialised matrices."""
-    lora_scale: float = 1.0
-    """Multiplies what adapters add, where the parameters hold any."""
 
     def __post_init__(self) -> None:
         for f in dataclasses.fields(self):

@@ -17,13 +17,13 @@ import jax.numpy as jnp
 from flax import nnx
 from jax.typing import DTypeLike
 
-from sft_jax.model import dropout, quantized
+from sft_jax.model import adapter_use, quantized
 from sft_jax.typing import Array, Float
 
 STORED = ("kernel", *quantized.FORMATS, quantized.SCALES)
 ADAPTERS = ("lora_a", "lora_b", "magnitude")
 # Those that a Linear may have or lack; `transformer.forward` gives it what the parameters hold.
-OPTIONAL = (*STORED, *ADAPTERS, dropout.KEYS)
+OPTIONAL = (*STORED, *ADAPTERS, adapter_use.DROPOUT_KEYS)
 
 
 class Linear(nnx.Module):
@@ -70,7 +70,7 @@ class Linear(nnx.Module):
         return y + self.bias[...].astype(x.dtype)[None, None] if hasattr(self, "bias") else y
 
     def _multiply(self, x_TI: Array) -> Array:
-        """Times the kernel. One that is stored narrower is widened again in the backward pass: wide, it is never kept."""
+        """Times the kernel. One stored narrower is widened again in the backward pass: wide, it is never kept."""
         stored = self._stored()
         if next(iter(stored.values())).dtype.itemsize >= x_TI.dtype.itemsize:
             return x_TI @ self._matrix(stored, x_TI.dtype)
@@ -87,8 +87,8 @@ class Linear(nnx.Module):
     def _adapt(self, x_TI: Array, y_TO: Array) -> Array:
         a_IR = self.lora_a[...].astype(x_TI.dtype).reshape(x_TI.shape[1], -1)
         b_RO = self.lora_b[...].astype(x_TI.dtype).reshape(a_IR.shape[1], -1)
-        if hasattr(self, dropout.KEYS):
-            x_TI = dropout.drop(x_TI, self.dropout_keys[...], self.lora_dropout)
+        if hasattr(self, adapter_use.DROPOUT_KEYS):
+            x_TI = adapter_use.drop(x_TI, self.dropout_keys[...], self.lora_dropout)
         y_TO = y_TO + self.lora_scale * ((x_TI @ a_IR) @ b_RO)
         if not hasattr(self, "magnitude"):
             return y_TO

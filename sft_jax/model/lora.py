@@ -20,7 +20,7 @@ import jax.numpy as jnp
 from sft_jax.config_schema import LoraConfig
 from sft_jax.datatypes import ConfigError
 from sft_jax.model import quantized
-from sft_jax.model.dropout import fold_in_path
+from sft_jax.model.adapter_use import fold_in_path
 from sft_jax.model.families import TransformerConfig
 from sft_jax.model.linear import ADAPTERS, STORED, column_lengths, merge_kernel, read_kernel
 from sft_jax.model.transformer import Params, linears, logical_dims
@@ -149,7 +149,7 @@ def init_adapters(
 
 
 def merge_adapters(
-    params: Params, kernels: Mapping[str, Kernel], model: TransformerConfig, dtype: Any
+    params: Params, kernels: Mapping[str, Kernel], lora_scale: float, dtype: Any
 ) -> Iterator[tuple[str, Array]]:
     """(path, value) of each parameter of the plain model in `dtype`: adapters added to kernels, codes decoded."""
     for path, value in params.items():
@@ -158,7 +158,7 @@ def merge_adapters(
             continue
         is_stored = name == "kernel" or name in quantized.FORMATS
         if is_stored and f"{module}.lora_a" in params:
-            merge = partial(merge_kernel, lora_scale=model.lora_scale)
+            merge = partial(merge_kernel, lora_scale=lora_scale)
             yield f"{module}.kernel", _map_stack(merge, params, module, kernels[module], dtype)
         elif name in quantized.FORMATS:
             read = partial(read_kernel, dtype=dtype)

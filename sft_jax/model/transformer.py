@@ -29,8 +29,8 @@ from jax.sharding import AbstractMesh, Mesh
 from jax.typing import DTypeLike
 
 from sft_jax.datatypes import ConfigError
+from sft_jax.model.adapter_use import AdapterUse, stack_keys
 from sft_jax.model.attention import Rows, Scores, attend, segment_lengths
-from sft_jax.model.dropout import AdapterDropout, stack_keys
 from sft_jax.model.families import LayerConfig, TransformerConfig, list_layers
 from sft_jax.model.layers import Attend, DecoderLayer, make_norm
 from sft_jax.model.linear import OPTIONAL, Linear
@@ -267,22 +267,22 @@ def linears(config: TransformerConfig) -> dict[str, Linear]:
 
 
 @functools.lru_cache
-def _graphdef(config: TransformerConfig, paths: frozenset[str], lora_dropout: float) -> Any:
+def _graphdef(config: TransformerConfig, paths: frozenset[str], lora_scale: float, lora_dropout: float) -> Any:
     """The module's structure, without any array: linear maps have what the parameters at `paths` give them."""
     model = _abstract(config)
     for path, linear in _linears_of(model).items():
         names = {name for name in OPTIONAL if f"{path}.{name}" in paths}
-        linear.hold(names, config.lora_scale, lora_dropout)
+        linear.hold(names, lora_scale, lora_dropout)
     return nnx.split(model)[0]
 
 
-def _merge(
-    params: Mapping[str, Array], config: TransformerConfig, dropout: AdapterDropout | None = None
-) -> Transformer:
+def _merge(params: Mapping[str, Array], config: TransformerConfig, adapters: AdapterUse | None = None) -> Transformer:
+    assert adapters is not None or not any(path.endswith(".lora_a") for path in params), "adapters without a scale"
+    scale, dropout = adapters or AdapterUse(1.0)
     if dropout is not None:
         params = {**params, **stack_keys(params, dropout)}
     state = nnx.from_flat_state([(_keys(path), nnx.Param(value)) for path, value in params.items()])
-    return nnx.merge(_graphdef(config, frozenset(params), 0.0 if dropout is None else dropout.rate), state)
+    return nnx.merge(_graphdef(config, frozenset(params), scale, 0.0 if dropout is None else dropout.rate), state)
 
 
 def _keys(path: str) -> tuple[str | int, ...]:
@@ -313,7 +313,7 @@ def forward(
     attention: str,
     mesh: Mesh | AbstractMesh | None = None,
     noise: EmbeddingNoise | None = None,
-    dropout: AdapterDropout | None = None,
+    adapters: AdapterUse | None = None,
 ) -> Float[Array, "B L D"]:
     """Hidden states of packed rows, in compute_dtype. Those of padding are finite and depend on no token.
 
@@ -322,12 +322,12 @@ def forward(
       attention: the kernel's name.
       mesh: pins the activations' shardings; None leaves them to the compiler.
       noise: NEFTune, while training.
-      dropout: of adapters, while training.
+      adapters: needed where `params` hold adapters.
 
     Raises:
       ConfigError: for an unknown `remat` or `attention`.
     """
-    model = _merge(params, config, dropout)
+    model = _merge(params, config, adapters)
     rows = Rows(positions, segment_ids)
     return model(inputs, rows, compute_dtype=compute_dtype, remat=remat, attention=attention, mesh=mesh, noise=noise)
 

@@ -10,7 +10,7 @@ import optax
 from jax.sharding import AbstractMesh, Mesh
 
 from sft_jax.config_schema import Config
-from sft_jax.model.dropout import AdapterDropout
+from sft_jax.model.adapter_use import AdapterDropout, AdapterUse
 from sft_jax.model.families import TransformerConfig
 from sft_jax.model.transformer import EmbeddingNoise, Params, forward, output_head
 from sft_jax.sharding import Batch, constrain
@@ -99,11 +99,12 @@ def sum_batch_loss(
     """(loss_sum, LossSums) of one microbatch. Noise is keyed by the global row, so no mesh or microbatch changes it."""
     dtype = jnp.dtype(config.model.compute_dtype)
     every = {**params, **frozen}
-    noise, dropout = None, None
+    noise, adapters = None, AdapterUse(config.lora.scale)
     if noise_seed is not None:
         keys = jax.vmap(partial(jax.random.fold_in, jax.random.key(noise_seed)))(batch.rows)
         noise = EmbeddingNoise(keys, config.model.neftune_alpha) if config.model.neftune_alpha else None
-        dropout = AdapterDropout(keys, config.lora.dropout) if config.lora.dropout else None
+        if config.lora.dropout:
+            adapters = AdapterUse(config.lora.scale, AdapterDropout(keys, config.lora.dropout))
     hidden = forward(
         every,
         model,
@@ -115,7 +116,7 @@ def sum_batch_loss(
         attention=config.model.attention,
         mesh=mesh,
         noise=noise,
-        dropout=dropout,
+        adapters=adapters,
     )
     head = output_head(every).astype(dtype)
     sums = sum_cross_entropy(hidden, head, batch.targets, batch.loss_weights, config.loss, mesh, model.logit_shape)

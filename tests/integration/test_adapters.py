@@ -25,6 +25,7 @@ from sft_jax.config_schema import (
 )
 from sft_jax.datatypes import ConfigError
 from sft_jax.experiment import ModelOnMesh
+from sft_jax.model.adapter_use import AdapterUse
 from sft_jax.model.families import LayerConfig, TransformerConfig, same_layers
 from sft_jax.model.rope import RopeConfig
 from sft_jax.model.transformer import forward
@@ -75,8 +76,7 @@ def place(folder, mesh=None, devices=1, *, model=None, **lora):
         schedule=ScheduleConfig(name="constant", warmup_steps=0),
         lora=LoraConfig(rank=4, **lora),
     )
-    scaled = dataclasses.replace(MODEL, lora_scale=config.lora.scale)
-    return ModelOnMesh(config, scaled, build_mesh(mesh or MeshConfig(fsdp=1), jax.devices()[:devices]))
+    return ModelOnMesh(config, MODEL, build_mesh(mesh or MeshConfig(fsdp=1), jax.devices()[:devices]))
 
 
 def draw_like(params, seed=3):
@@ -103,6 +103,7 @@ def make_batch():
 def run_model(placed, params):
     batch = jax.tree.map(jnp.asarray, make_batch())
     options = dict(compute_dtype=placed.config.model.compute_dtype, remat="full", attention="reference")
+    options["adapters"] = AdapterUse(placed.config.lora.scale)
     run = jax.jit(lambda p: forward(p, placed.model, batch.inputs, batch.positions, batch.segment_ids, **options))
     return np.asarray(run(params))
 

@@ -1,7 +1,6 @@
 """Live, beside peft: what we export it loads, what it saves we go on from, and the logits are the same both ways; and a
 quantized base is the model of its decoded weights."""
 
-import dataclasses
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +14,7 @@ from sft_jax.checkpoint.hf import read_config
 from sft_jax.checkpoint.peft import export_adapter
 from sft_jax.config_schema import Config, LoraConfig, MeshConfig, ModelConfig
 from sft_jax.experiment import ModelOnMesh
+from sft_jax.model.adapter_use import AdapterUse
 from sft_jax.model.transformer import Params, forward, output_head
 from sft_jax.sharding import build_mesh
 
@@ -58,8 +58,7 @@ def variant(request, tmp_path: Path):
 def place(folder: Path, lora: dict[str, Any]) -> ModelOnMesh:
     section = ModelConfig(path=str(folder), compute_dtype="float32")
     config = Config(model=section, lora=LoraConfig(**lora))
-    model = dataclasses.replace(read_config(folder)[0], lora_scale=config.lora.scale)
-    return ModelOnMesh(config, model, build_mesh(MeshConfig(fsdp=1), jax.devices()[:1]))
+    return ModelOnMesh(config, read_config(folder)[0], build_mesh(MeshConfig(fsdp=1), jax.devices()[:1]))
 
 
 def move(params: Params) -> Params:
@@ -76,6 +75,7 @@ def our_logits(placed: ModelOnMesh, params: Params) -> np.ndarray:
     ids = random_ids()
     positions = np.broadcast_to(np.arange(ids.shape[1], dtype=np.int32), ids.shape)
     options = {"compute_dtype": "float32", "remat": "none", "attention": "reference"}
+    options |= {"adapters": AdapterUse(placed.config.lora.scale)}
     hidden = forward(params, placed.model, jnp.asarray(ids), jnp.asarray(positions), jnp.ones_like(ids), **options)
     return np.asarray(jnp.einsum("bld,vd->blv", hidden, output_head(params)))
 

@@ -1,6 +1,7 @@
-"""Dropout of what adapters read: one key for each row of a batch -> a draw of its own for each map, layer and row.
+"""How adapters are run: their scale, and while training dropout of what they read.
 
-Keys follow from the seed and the global row alone, so neither the mesh nor microbatches change what is dropped.
+Each map, layer and row has a draw of its own. Keys follow from the seed and the global row alone, so neither the mesh
+nor microbatches change what is dropped.
 """
 
 import zlib
@@ -12,7 +13,7 @@ import jax.numpy as jnp
 
 from sft_jax.typing import Array, Float, Key
 
-KEYS = "dropout_keys"
+DROPOUT_KEYS = "dropout_keys"
 
 
 class AdapterDropout(NamedTuple):
@@ -20,6 +21,13 @@ class AdapterDropout(NamedTuple):
 
     keys: Key[Array, " B"]
     rate: float
+
+
+class AdapterUse(NamedTuple):
+    """How adapters are run: what they add is multiplied by `scale`."""
+
+    scale: float
+    dropout: AdapterDropout | None = None
 
 
 def stack_keys(params: Mapping[str, Array], dropout: AdapterDropout) -> dict[str, Array]:
@@ -30,7 +38,7 @@ def stack_keys(params: Mapping[str, Array], dropout: AdapterDropout) -> dict[str
         if name == "lora_a":
             of_module = jax.vmap(lambda key, path=path: fold_in_path(key, path))(dropout.keys)
             of_layer = jax.vmap(jax.vmap(jax.random.fold_in, (0, None)), (None, 0))
-            keys[f"{module}.{KEYS}"] = of_layer(of_module, jnp.arange(len(value)))
+            keys[f"{module}.{DROPOUT_KEYS}"] = of_layer(of_module, jnp.arange(len(value)))
     return keys
 
 
