@@ -139,7 +139,7 @@ def test_a_run_goes_on_from_a_folder(folder, capsys):
     assert status == 0, err
     first, then = (read_adapter(folder / name / "adapter") for name in ("run", "third"))
     moved = [np.linalg.norm(then[name] - first[name]) / np.linalg.norm(first[name]) for name in first]
-    assert 0 < max(moved) < 0.1
+    assert 0 < max(moved) < 0.5  # a fourth of the steps
     status, _, err = call(capsys, "train", "--config=config.py", *more, "--config.lora.alpha=4", "--config.run.dir=no")
     assert status == 2
     assert "config.lora.alpha: is 4.0, and run/adapter/adapter_config.json has lora_alpha 16.0" in err
