@@ -17,6 +17,7 @@ import numpy as np
 _SPACE = "▁"
 _CUT_AT_SPACES = re.compile(r"[ ▁]*[^ ▁]+|[ ▁]+")
 _CUT_AT_NEWLINES_TOO = re.compile(r"\n+|[ ▁]*[^ ▁\n]+|[ ▁]+")
+_UNUSUAL = ("  ", "\n\n", "▁", "\0")  # without these, each space and each newline is a border of its own
 _MAX_WORDS = 2**17  # about 200 bytes each
 _MAX_CHARACTERS = 64  # of a word that is remembered
 
@@ -41,8 +42,9 @@ class Words(dict[str, bytes]):
     def __init__(self, borders: re.Pattern[str], encode: Callable[[str], np.ndarray]):
         """`encode` gives ids, int32, of a text with no space put before it."""
         super().__init__()
-        self._find_words = borders.findall
+        self._borders = borders
         self._encode = encode
+        self[""] = b""
 
     def __missing__(self, word: str) -> bytes:
         ids = self._encode(word).tobytes()
@@ -54,4 +56,10 @@ class Words(dict[str, bytes]):
 
     def encode(self, text: str) -> np.ndarray:
         """Ids, int32."""
-        return np.frombuffer(b"".join(map(self.__getitem__, self._find_words(text))), np.int32)
+        return np.frombuffer(b"".join(map(self.__getitem__, self._cut(text))), np.int32)
+
+    def _cut(self, text: str) -> list[str]:
+        """The words of a text, some of them empty."""
+        if self._borders is not _CUT_AT_NEWLINES_TOO or any(map(text.__contains__, _UNUSUAL)):
+            return self._borders.findall(text)
+        return text.replace(" ", "\0 ").replace("\n", "\0\n\0").split("\0")  # in two thirds of the time
