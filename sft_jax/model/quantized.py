@@ -7,7 +7,7 @@ the kernel. Two codes of 4 bits share a byte, the first half of a block in the l
 
 Encoding is numpy on the host, one part of one layer at a time while weights stream in; decoding is in the layer that
 multiplies. Own code, not qwix's: its nf4 holds a code a byte on most backends and looks each up by a gather, and it
-encodes on the device, where the whole part would have to be first. Codes are the same (tests/parity); scales are rounded.
+encodes on the device, where the whole part would have to be first. Codes are the same; scales are rounded.
 """
 
 import itertools

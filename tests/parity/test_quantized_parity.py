@@ -1,4 +1,4 @@
-"""Live, beside transformers and qwix: a quantized base is the model of its decoded weights, and its codes are qwix's."""
+"""Live, beside transformers and qwix: a quantized base is the model of its decoded weights; codes are qwix's."""
 
 from pathlib import Path
 from typing import Any
