@@ -66,7 +66,7 @@ class Family:
     scales_embedding: bool = False
     """Embeddings are multiplied by sqrt(embed_dim)."""
     only: Mapping[str, Any] = field(default_factory=dict)
-    """Keys that would change the numbers, and the one value that is supported (of an object: the values of its keys)."""
+    """Keys that would change the numbers, and the one value that is supported (of an object: of its keys)."""
     harmless: frozenset[str] = frozenset()
     """Keys that change no number."""
 

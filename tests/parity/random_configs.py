@@ -14,6 +14,9 @@ def draw_config(family: str, seed: int) -> dict[str, Any]:
     head_dim = _pick(rng, [4, 6, 8, 10])
     fields = {
         "model_type": family,
+        "bos_token_id": 1,
+        "eos_token_id": 2,
+        "pad_token_id": None,
         "vocab_size": _pick(rng, [61, 64, 97]),
         "hidden_size": num_heads * _pick(rng, [4, 6, 7]),
         "intermediate_size": int(rng.integers(16, 48)),
