@@ -18,12 +18,12 @@ from child import run_child
 _ADAPTED = {
     "lora.rank": 8,
     "lora.modules_to_save": ("embed_tokens",),  # the template's tokens are new
-    "optimizer.learning_rate": 3e-3,
+    "lora.alpha": 32.0,
 }
 CASES: dict[str, dict] = {
     "full": {},
     "lora": _ADAPTED,
-    "rslora": _ADAPTED | {"lora.use_rslora": True, "lora.alpha": 5.6},  # about the same factor: alpha / sqrt(rank)
+    "rslora": _ADAPTED | {"lora.use_rslora": True, "lora.alpha": 11.3},  # about the same factor: alpha / sqrt(rank)
     "dora": _ADAPTED | {"lora.use_dora": True},
     "qlora_int8": _ADAPTED | {"lora.quantize": "int8"},
     "qlora_nf4": _ADAPTED | {"lora.quantize": "nf4"},
