@@ -12,7 +12,7 @@ import jax
 from etils import epath
 from rich.console import Console
 
-from sft_jax.checkpoint.hf import check_export_target, export_pretrained
+from sft_jax.checkpoint.hf_export import check_export_target, export_pretrained
 from sft_jax.checkpoint.manager import CheckpointManager
 from sft_jax.command_line import config_parser, read_config, run_command
 from sft_jax.config import warnings_for

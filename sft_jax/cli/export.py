@@ -6,7 +6,7 @@ import sys
 
 from etils import epath
 
-from sft_jax.checkpoint.hf import export_pretrained
+from sft_jax.checkpoint.hf_export import export_pretrained
 from sft_jax.checkpoint.manager import CheckpointManager
 from sft_jax.command_line import run_command
 from sft_jax.config import from_config_dict

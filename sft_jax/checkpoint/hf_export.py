@@ -1,0 +1,153 @@
+"""Params, or the sources of them on disk -> a folder that transformers and vLLM load. hf.py is the way back.
+
+One tensor of the folder is on the host at a time.
+"""
+
+import os
+import shutil
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import msgspec
+import numpy as np
+from jax.experimental import multihost_utils
+
+from sft_jax.checkpoint.hf_names import hf_tensors, tensor_rules
+from sft_jax.checkpoint.param_source import ParamSource, check_finite
+from sft_jax.checkpoint.safetensors_writer import MAX_SHARD_BYTES, TensorSpec, write_json, write_tensors
+from sft_jax.checkpoint.stored_tensor import copy_in_blocks
+from sft_jax.data.tokenizer import Tokenizer
+from sft_jax.datatypes import ConfigError, StorageError
+from sft_jax.model.families import TransformerConfig, to_hf_config
+from sft_jax.typing import Array
+
+EXPORT_DTYPES = ("float32", "bfloat16", "float16", "float64")
+_EXPORT_RECORD = "sft_jax_export.json"
+
+
+def export_pretrained(
+    folder: str | os.PathLike[str],
+    params: Mapping[str, Array | ParamSource],
+    config: TransformerConfig,
+    tokenizer: Tokenizer,
+    chat_template: str,
+    stop_ids: Sequence[int],
+    dtype: str = "float32",
+    max_shard_bytes: int = MAX_SHARD_BYTES,
+) -> None:
+    """Write a folder that serves what was trained: weights, config, tokenizer, the trained template and its stop.
+
+    All processes call it; process 0 writes. The folder is made beside its target and renamed when complete, so the
+    target is the old export or the new one, never a part.
+
+    Args:
+      config: with the vocabulary that `params` have.
+      stop_ids: of the tokens that end an assistant turn; generation stops at them, and at the tokenizer's own EOS.
+      dtype: of the stored weights: float32, bfloat16, float16 or float64.
+
+    Raises:
+      StorageError: where the target holds files that no export wrote, or the disk refuses.
+    """
+    if dtype not in EXPORT_DTYPES:
+        raise ConfigError(f"export: dtype is {dtype!r}; expected one of {', '.join(EXPORT_DTYPES)}.")
+    for rule in tensor_rules(config):
+        assert params[rule.path].shape == rule.shape(config), f"{rule.path} is {params[rule.path].shape}"
+    tensors = _make_tensors(params, config, dtype)
+    if jax.process_index() != 0:
+        for _ in tensors:  # gathering takes all processes
+            pass
+        return
+    target = Path(folder)
+    check_export_target(target)
+    specs = [TensorSpec(name, jnp.dtype(dtype), rule.hf_shape(config)) for name, rule, _ in hf_tensors(config)]
+    try:
+        partial = _empty_sibling(target, "partial")
+        write_tensors(partial, specs, tensors, max_shard_bytes)
+        _write_configs(partial, config, tokenizer, stop_ids, dtype)
+        tokenizer.save(partial, chat_template)
+        write_json(partial / _EXPORT_RECORD, {"written_by": "sft_jax", "files": _files_in(partial)})
+        old = _empty_sibling(target, "replaced")
+        if target.exists():
+            target.replace(old)
+        partial.replace(target)
+        shutil.rmtree(old, ignore_errors=True)
+    except OSError as error:
+        raise StorageError(f"{target}: export failed: {error}. Free some space, or choose another folder.") from error
+
+
+def check_export_target(folder: str | os.PathLike[str]) -> None:
+    """An export may replace an earlier export that nobody has added to, and nothing else.
+
+    Raises:
+      StorageError: naming a file that would be lost.
+    """
+    target = Path(folder)
+    if target.exists() and not target.is_dir():
+        raise StorageError(f"{target}: is a file, and the export needs a folder. Choose another name.")
+    files = _files_in(target)
+    record = target / _EXPORT_RECORD
+    own = msgspec.json.decode(record.read_bytes(), type=dict[str, Any])["files"] if record.is_file() else []
+    foreign = sorted(set(files) - {*own, _EXPORT_RECORD})
+    if foreign:
+        raise StorageError(
+            f"{target}: holds {foreign[0]}, which no export of ours wrote ({len(foreign)} such files). Choose another "
+            "folder, or remove it."
+        )
+
+
+def _files_in(folder: Path) -> list[str]:
+    return sorted(str(path.relative_to(folder)) for path in folder.rglob("*") if not path.is_dir())
+
+
+def _empty_sibling(target: Path, suffix: str) -> Path:
+    """A fresh folder beside the target, on the same file system; what an interrupted export left there is removed."""
+    sibling = target.absolute().parent / f".{target.name}.{suffix}"
+    if sibling.exists():
+        shutil.rmtree(sibling)
+    sibling.mkdir(parents=True)
+    return sibling
+
+
+def _make_tensors(
+    params: Mapping[str, Array | ParamSource], config: TransformerConfig, dtype: str
+) -> Iterator[tuple[str, np.ndarray]]:
+    """(name, values) of each tensor of the folder, one at a time on the host."""
+    for name, rule, layer in hf_tensors(config):
+        values = np.empty(rule.hf_shape(config), jnp.dtype(dtype))
+        _fill(rule.from_hf(values, config), params[rule.path], layer if rule.is_stacked else None)
+        check_finite(values, f"export: {name}")
+        yield name, values
+
+
+def _fill(out: np.ndarray, param: Array | ParamSource, layer: int | None) -> None:
+    """Copy one layer of a parameter, or all of it, into a view of the tensor that is to be."""
+    if isinstance(param, ParamSource):
+        layers = () if layer is None else (slice(layer, layer + 1),)
+        rest = tuple(slice(0, size) for size in param.shape[len(layers) :])
+        param.read((*layers, *rest), out if layer is None else out[None])
+    else:
+        copy_in_blocks(out, _pull(param, layer))
+
+
+def _pull(values: Array, layer: int | None) -> np.ndarray:
+    """One layer of a parameter, or all of it, gathered on the host of every process."""
+    # A new array in both cases: numpy's copy of an array stays in host memory as long as that array lives.
+    part = jnp.copy(values) if layer is None else jax.lax.dynamic_index_in_dim(values, layer, keepdims=False)
+    if not part.is_fully_addressable:
+        return multihost_utils.process_allgather(part, tiled=True)
+    return np.asarray(part)
+
+
+def _write_configs(
+    folder: Path, config: TransformerConfig, tokenizer: Tokenizer, stop_ids: Sequence[int], dtype: str
+) -> None:
+    bos_id = tokenizer.token_id(tokenizer.bos_token) if tokenizer.bos_token else None
+    eos_id = tokenizer.token_id(tokenizer.eos_token) if tokenizer.eos_token else None
+    ends = list(dict.fromkeys([*stop_ids, *([] if eos_id is None else [eos_id])]))
+    assert ends, "nothing would end a generated turn"
+    ids = {"bos_token_id": bos_id, "eos_token_id": ends}  # null is said: transformers would assume 1 and 2
+    write_json(folder / "config.json", to_hf_config(config, dtype) | ids)
+    write_json(folder / "generation_config.json", ids)
