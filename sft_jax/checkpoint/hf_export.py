@@ -5,7 +5,7 @@ One tensor of the folder is on the host at a time.
 
 import os
 import shutil
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -37,16 +37,19 @@ def export_pretrained(
     stop_ids: Sequence[int],
     dtype: str = "float32",
     max_shard_bytes: int = MAX_SHARD_BYTES,
+    model_card: str = "",
 ) -> None:
     """Write a folder that serves what was trained: weights, config, tokenizer, the trained template and its stop.
 
-    All processes call it; process 0 writes. The folder is made beside its target and renamed when complete, so the
-    target is the old export or the new one, never a part.
+    All processes call it; process 0 writes, and where it cannot, all raise. The folder is made beside its target and
+    renamed when complete, so the target is the old export or the new one, never a part.
 
     Args:
+      params: on devices or on disk.
       config: with the vocabulary that `params` have.
       stop_ids: of the tokens that end an assistant turn; generation stops at them, and at the tokenizer's own EOS.
       dtype: of the stored weights: float32, bfloat16, float16 or float64.
+      model_card: text of README.md; empty: none is written. Of process 0.
 
     Raises:
       StorageError: where the target holds files that no export wrote, or the disk refuses.
@@ -55,19 +58,41 @@ def export_pretrained(
         raise ConfigError(f"export: dtype is {dtype!r}; expected one of {', '.join(EXPORT_DTYPES)}.")
     for rule in tensor_rules(config):
         assert params[rule.path].shape == rule.shape(config), f"{rule.path} is {params[rule.path].shape}"
-    tensors = _make_tensors(params, config, dtype)
-    if jax.process_index() != 0:
-        for _ in tensors:  # gathering takes all processes
-            pass
-        return
-    target = Path(folder)
-    check_export_target(target)
     specs = [TensorSpec(name, jnp.dtype(dtype), rule.hf_shape(config)) for name, rule, _ in hf_tensors(config)]
-    try:
-        partial = _empty_sibling(target, "partial")
+    tensors = _make_tensors(params, config, dtype)
+
+    def fill(partial: Path) -> None:
         write_tensors(partial, specs, tensors, max_shard_bytes)
         _write_configs(partial, config, tokenizer, stop_ids, dtype)
         tokenizer.save(partial, chat_template)
+        if model_card:
+            (partial / "README.md").write_text(model_card, encoding="utf-8")
+
+    failure: StorageError | None = None
+    try:
+        if jax.process_index() == 0:
+            _replace_folder(Path(folder), fill)
+    except StorageError as error:
+        failure = error
+    try:
+        for _ in tensors:  # gathering takes all processes, whatever has become of the writing
+            pass
+    except StorageError as error:
+        failure = failure or error
+    if jax.process_count() > 1:
+        has_failed = multihost_utils.process_allgather(np.array(failure is not None))
+        if has_failed.any() and failure is None:
+            raise StorageError(f"{folder}: process 0 could not write the export; its log says why.")
+    if failure is not None:
+        raise failure
+
+
+def _replace_folder(target: Path, fill: Callable[[Path], None]) -> None:
+    """Have a folder filled beside its target and, when it is whole, put in its place."""
+    check_export_target(target)
+    try:
+        partial = _empty_sibling(target, "partial")
+        fill(partial)
         write_json(partial / _EXPORT_RECORD, {"written_by": "sft_jax", "files": _files_in(partial)})
         old = _empty_sibling(target, "replaced")
         if target.exists():
