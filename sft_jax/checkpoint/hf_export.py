@@ -6,6 +6,7 @@ One tensor of the folder is on the host at a time.
 import os
 import shutil
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,7 @@ import numpy as np
 from jax.experimental import multihost_utils
 
 from sft_jax.checkpoint.hf_names import hf_tensors, tensor_rules
-from sft_jax.checkpoint.param_source import ParamSource, check_finite
+from sft_jax.checkpoint.param_source import ParamSource, boxes, check_finite
 from sft_jax.checkpoint.safetensors_writer import MAX_SHARD_BYTES, TensorSpec, write_json, write_tensors
 from sft_jax.checkpoint.stored_tensor import copy_in_blocks
 from sft_jax.data.tokenizer import Tokenizer
@@ -26,6 +27,8 @@ from sft_jax.typing import Array
 
 EXPORT_DTYPES = ("float32", "bfloat16", "float16", "float64")
 _EXPORT_RECORD = "sft_jax_export.json"
+_BLOCK_BYTES = 2**25
+_WORKERS = 3
 
 
 def export_pretrained(
@@ -59,7 +62,7 @@ def export_pretrained(
     for rule in tensor_rules(config):
         assert params[rule.path].shape == rule.shape(config), f"{rule.path} is {params[rule.path].shape}"
     specs = [TensorSpec(name, jnp.dtype(dtype), rule.hf_shape(config)) for name, rule, _ in hf_tensors(config)]
-    tensors = _make_tensors(params, config, dtype)
+    tensors = _one_ahead(_make_tensors(params, config, dtype))
 
     def fill(partial: Path) -> None:
         write_tensors(partial, specs, tensors, max_shard_bytes)
@@ -145,25 +148,47 @@ def _make_tensors(
         _fill(rule.from_hf(values, config), params[rule.path], layer if rule.is_stacked else None)
         check_finite(values, f"export: {name}")
         yield name, values
+        del values  # before the next one is made
 
 
 def _fill(out: np.ndarray, param: Array | ParamSource, layer: int | None) -> None:
-    """Copy one layer of a parameter, or all of it, into a view of the tensor that is to be."""
+    """Copy one layer of a parameter, or all of it, into a view of the tensor that is to be, some rows at a time."""
+    num_rows = max(1, _BLOCK_BYTES // max(out[:1].nbytes, 1))
+    blocks = [rows for (rows,) in boxes(out.shape[:1], (num_rows,))]
     if isinstance(param, ParamSource):
-        layers = () if layer is None else (slice(layer, layer + 1),)
-        rest = tuple(slice(0, size) for size in param.shape[len(layers) :])
-        param.read((*layers, *rest), out if layer is None else out[None])
+        with ThreadPoolExecutor(_WORKERS) as pool:
+            list(pool.map(lambda rows: _read_rows(out[rows], param, layer, rows), blocks))
     else:
-        copy_in_blocks(out, _pull(param, layer))
+        part = param if layer is None else jax.lax.dynamic_index_in_dim(param, layer, keepdims=False)
+        for rows in blocks:
+            copy_in_blocks(out[rows], _pull(part, rows))
 
 
-def _pull(values: Array, layer: int | None) -> np.ndarray:
-    """One layer of a parameter, or all of it, gathered on the host of every process."""
-    # A new array in both cases: numpy's copy of an array stays in host memory as long as that array lives.
-    part = jnp.copy(values) if layer is None else jax.lax.dynamic_index_in_dim(values, layer, keepdims=False)
+def _read_rows(out: np.ndarray, source: ParamSource, layer: int | None, rows: slice) -> None:
+    rest = [slice(0, size) for size in out.shape[1:]]
+    if layer is None:
+        source.read((rows, *rest), out)
+    else:
+        source.read((slice(layer, layer + 1), rows, *rest), out[None])
+
+
+def _pull(values: Array, rows: slice) -> np.ndarray:
+    """Some rows of an array, gathered on the host of every process."""
+    # A new array also of all rows: numpy's copy of an array stays in host memory as long as that array lives.
+    part = jax.lax.dynamic_slice_in_dim(values, rows.start, rows.stop - rows.start)
     if not part.is_fully_addressable:
         return multihost_utils.process_allgather(part, tiled=True)
     return np.asarray(part)
+
+
+def _one_ahead(tensors: Iterator[tuple[str, np.ndarray]]) -> Iterator[tuple[str, np.ndarray]]:
+    """The same; while one is written, the next is made."""
+    with ThreadPoolExecutor(1) as pool:
+        coming = pool.submit(next, tensors, None)
+        while (made := coming.result()) is not None:
+            coming = pool.submit(next, tensors, None)
+            yield made
+            del made
 
 
 def _write_configs(

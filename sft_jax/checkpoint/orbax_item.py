@@ -27,7 +27,8 @@ from sft_jax.datatypes import StorageError
 _METADATA = "_METADATA"
 _MAX_METADATA_BYTES = 2**26
 _CHUNK_BYTES = 2**23
-_SLAB_BYTES = 2**26  # chunks that are made, or read, at one time
+_SLAB_BYTES = 2**26  # chunks that are made at one time
+_READ_BYTES = 2**25
 _WORKERS = 3
 
 
@@ -44,7 +45,7 @@ class OrbaxSource(ParamSource):
 
     def read(self, index: Index, out: np.ndarray) -> None:
         row_bytes = self.dtype.itemsize * math.prod(out.shape[1:])
-        step = (max(1, _SLAB_BYTES // max(row_bytes, 1)), *out.shape[1:]) if out.ndim else ()
+        step = (max(1, _READ_BYTES // max(row_bytes, 1)), *out.shape[1:]) if out.ndim else ()
         for box in boxes(out.shape, step):
             place = tuple(
                 slice(whole.start + at.start, whole.start + at.stop) for whole, at in zip(index, box, strict=True)

@@ -3,7 +3,8 @@
 import json
 import math
 import os
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,7 +15,7 @@ from sft_jax.checkpoint.safetensors_io import DTYPES, INDEX_FILE, SINGLE_FILE
 
 MAX_SHARD_BYTES = 5_000_000_000
 _DTYPE_NAMES = {dtype: name for name, dtype in DTYPES.items()}
-_BLOCK_BYTES = 2**24
+_FLUSHED_BYTES = 2**28
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,23 +63,33 @@ def write_tensors(
     files = dict(zip(names if len(shards) > 1 else [SINGLE_FILE], shards, strict=True))
     tensors = iter(tensors)
     for file, shard in files.items():
-        partial = folder / f"{file}.partial"
-        with partial.open("wb") as stream:
-            stream.write(_encode_header(shard))
-            for spec in shard:
-                name, values = next(tensors)
-                assert (name, values.dtype, values.shape) == (spec.name, spec.dtype, spec.shape), (
-                    f"{name} is not {spec}"
-                )
-                stream.write(np.ascontiguousarray(values).reshape(-1).view(np.uint8).data)
-            stream.flush()
-            os.fsync(stream.fileno())
-        partial.replace(folder / file)
+        _write_shard(folder / file, shard, tensors)
     assert next(tensors, None) is None, "more tensors than specs"
     if len(files) > 1:
         total = sum(spec.num_bytes for shard in shards for spec in shard)
         weight_map = {spec.name: file for file, shard in files.items() for spec in shard}
         write_json(folder / INDEX_FILE, {"metadata": {"total_size": total}, "weight_map": weight_map})
+
+
+def _write_shard(path: Path, shard: Iterable[TensorSpec], tensors: Iterator[tuple[str, np.ndarray]]) -> None:
+    partial = path.with_name(f"{path.name}.partial")
+    with partial.open("wb") as stream, ThreadPoolExecutor(1) as flusher:
+        stream.write(_encode_header(shard))
+        pending, num_waiting = None, 0
+        for spec in shard:
+            name, values = next(tensors)
+            assert (name, values.dtype, values.shape) == (spec.name, spec.dtype, spec.shape), f"{name} is not {spec}"
+            stream.write(np.ascontiguousarray(values).reshape(-1).view(np.uint8).data)
+            del values  # before the next one is made
+            num_waiting += spec.num_bytes
+            if num_waiting > _FLUSHED_BYTES and (pending is None or pending.done()):
+                stream.flush()
+                pending, num_waiting = flusher.submit(os.fdatasync, stream.fileno()), 0  # or the last one would wait
+        if pending is not None:
+            pending.result()
+        stream.flush()
+        os.fsync(stream.fileno())
+    partial.replace(path)
 
 
 def _encode_header(specs: Iterable[TensorSpec]) -> bytes:
