@@ -59,13 +59,13 @@ def make_source(folder: Path, gigabytes: float, num_shards: int) -> int:
     for num_layers in (1, 2):
         (folder / "config.json").write_text(json.dumps(config_fields(num_layers)))
         config, _ = read_config(folder)
-        sizes.append(sum(2 * int(np.prod(rule.hf_shape(config))) for _, rule, _ in hf_tensors(config)))
+        sizes.append(sum(2 * int(np.prod(parts[0].hf_shape(config))) for _, parts, _ in hf_tensors(config)))
     per_layer = sizes[1] - sizes[0]
     num_layers = max(1, round((gigabytes * 1e9 - sizes[0]) / per_layer) + 1)
     (folder / "config.json").write_text(json.dumps(config_fields(num_layers)))
     config, _ = read_config(folder)
     dtype = np.dtype(ml_dtypes.bfloat16)
-    specs = [TensorSpec(name, dtype, rule.hf_shape(config)) for name, rule, _ in hf_tensors(config)]
+    specs = [TensorSpec(name, dtype, parts[0].hf_shape(config)) for name, parts, _ in hf_tensors(config)]
     rng = np.random.default_rng(0)
     bits = rng.integers(0, 2**16, 2**24, np.uint16) & 0xBFFF  # no exponent of all ones: no NaN, no infinity
 

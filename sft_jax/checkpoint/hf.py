@@ -25,7 +25,8 @@ from sft_jax.checkpoint.param_source import GrownSource, ParamSource, check_fini
 from sft_jax.checkpoint.safetensors_io import TensorInfo, read_index
 from sft_jax.checkpoint.stored_tensor import Index, StoredTensor
 from sft_jax.datatypes import ConfigError, StorageError
-from sft_jax.model.families import TransformerConfig, read_hf_config
+from sft_jax.model.families import TransformerConfig
+from sft_jax.model.hf_config import read_hf_config
 from sft_jax.model.transformer import Params
 
 _MAX_CONFIG_BYTES = 2**20

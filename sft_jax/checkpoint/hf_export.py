@@ -22,7 +22,8 @@ from sft_jax.checkpoint.safetensors_writer import MAX_SHARD_BYTES, TensorSpec, w
 from sft_jax.checkpoint.stored_tensor import copy_in_blocks
 from sft_jax.data.tokenizer import Tokenizer
 from sft_jax.datatypes import ConfigError, StorageError
-from sft_jax.model.families import TransformerConfig, to_hf_config
+from sft_jax.model.families import TransformerConfig
+from sft_jax.model.hf_config import to_hf_config
 from sft_jax.typing import Array
 
 EXPORT_DTYPES = ("float32", "bfloat16", "float16", "float64")
@@ -61,7 +62,7 @@ def export_pretrained(
         raise ConfigError(f"export: dtype is {dtype!r}; expected one of {', '.join(EXPORT_DTYPES)}.")
     for rule in tensor_rules(config):
         assert params[rule.path].shape == rule.shape(config), f"{rule.path} is {params[rule.path].shape}"
-    specs = [TensorSpec(name, jnp.dtype(dtype), rule.hf_shape(config)) for name, rule, _ in hf_tensors(config)]
+    specs = [TensorSpec(name, jnp.dtype(dtype), parts[0].hf_shape(config)) for name, parts, _ in hf_tensors(config)]
     tensors = _one_ahead(_make_tensors(params, config, dtype))
 
     def fill(partial: Path) -> None:
@@ -143,9 +144,10 @@ def _make_tensors(
     params: Mapping[str, Array | ParamSource], config: TransformerConfig, dtype: str
 ) -> Iterator[tuple[str, np.ndarray]]:
     """(name, values) of each tensor of the folder, one at a time on the host."""
-    for name, rule, layer in hf_tensors(config):
-        values = np.empty(rule.hf_shape(config), jnp.dtype(dtype))
-        _fill(rule.from_hf(values, config), params[rule.path], layer if rule.is_stacked else None)
+    for name, parts, place in hf_tensors(config):
+        values = np.empty(parts[0].hf_shape(config), jnp.dtype(dtype))
+        for rule in parts:
+            _fill(rule.from_hf(values, config), params[rule.path], place if rule.is_stacked else None)
         check_finite(values, f"export: {name}")
         yield name, values
         del values  # before the next one is made

@@ -26,6 +26,7 @@ from sft_jax.checkpoint.param_source import read_box
 from sft_jax.cli.convert import main
 from sft_jax.data.tokenizer import load_tokenizer
 from sft_jax.datatypes import ConfigError, StorageError
+from sft_jax.model.families import with_num_layers
 
 
 @pytest.fixture
@@ -60,7 +61,7 @@ def test_it_loads_as_its_source_does(source: Path, tmp_path: Path, axes: dict, m
     params = load_pretrained(target, TINY, placed, "float32")
     assert_equal(params, load_pretrained(source, TINY, placed, "float32"))
     assert all(params[path].sharding == placed[path] for path in params)
-    assert len(list((target / "params" / "layers.mlp.up.kernel").rglob("*"))) > 10
+    assert len(list((target / "params" / "layers.0.0.mlp.up.kernel").rglob("*"))) > 10
 
 
 def test_orbax_restores_it(source: Path, tmp_path: Path) -> None:
@@ -164,7 +165,7 @@ def test_a_weight_that_is_no_number_leaves_nothing(tmp_path: Path) -> None:
 
 
 def damage(case: str, target: Path) -> None:
-    chunk = next(path for path in (target / "params" / "layers.mlp.up.kernel" / "c").rglob("*") if path.is_file())
+    chunk = next(path for path in (target / "params" / "layers.0.0.mlp.up.kernel" / "c").rglob("*") if path.is_file())
     if case == "a chunk is gone":
         chunk.unlink()
     elif case == "a chunk is short":
@@ -174,7 +175,7 @@ def damage(case: str, target: Path) -> None:
         data[len(data) // 2] ^= 4
         chunk.write_bytes(data)
     elif case == "an array is gone":
-        (target / "params" / "layers.mlp.up.kernel" / "zarr.json").unlink()
+        (target / "params" / "layers.0.0.mlp.up.kernel" / "zarr.json").unlink()
     elif case == "another config":
         fields = json.loads((target / "config.json").read_text())
         (target / "config.json").write_text(json.dumps(fields | {"intermediate_size": 33}))
@@ -190,10 +191,10 @@ def damage(case: str, target: Path) -> None:
 @pytest.mark.parametrize(
     ("case", "message"),
     [
-        ("a chunk is gone", r"layers\.mlp\.up\.kernel cannot be read"),
-        ("a chunk is short", r"layers\.mlp\.up\.kernel cannot be read"),
-        ("a bit is flipped", r"layers\.mlp\.up\.kernel cannot be read.*igest mismatch"),
-        ("an array is gone", r"layers\.mlp\.up\.kernel cannot be opened"),
+        ("a chunk is gone", r"layers\.0\.0\.mlp\.up\.kernel cannot be read"),
+        ("a chunk is short", r"layers\.0\.0\.mlp\.up\.kernel cannot be read"),
+        ("a bit is flipped", r"layers\.0\.0\.mlp\.up\.kernel cannot be read.*igest mismatch"),
+        ("an array is gone", r"layers\.0\.0\.mlp\.up\.kernel cannot be opened"),
         ("another config", r"kernel is \[3, 16, 32\], and config\.json asks for \[3, 16, 33\]"),
         ("a tied config", r"has the parameter head\.kernel, and config\.json asks for another set"),
         ("no record", "has neither"),
@@ -208,7 +209,7 @@ def test_damage_is_found(source: Path, tmp_path: Path, case: str, message: str) 
 
 
 def test_a_killed_convert_leaves_nothing_that_looks_whole(tmp_path: Path) -> None:
-    config = dataclasses.replace(TINY, vocab_size=4096, embed_dim=1024, mlp_dim=4096, num_layers=16)
+    config = dataclasses.replace(with_num_layers(TINY, 16), vocab_size=4096, embed_dim=1024, mlp_dim=4096)
     write_sparse_folder(tmp_path / "model", config)
     command = [sys.executable, "-m", "sft_jax.cli.convert", f"--from={tmp_path}/model", f"--to={tmp_path}/out"]
     process = subprocess.Popen(command, env=os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)})

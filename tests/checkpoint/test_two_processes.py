@@ -28,9 +28,9 @@ placed = shardings(TINY, fsdp=2, tensor=4)
 for name in ("model", "converted"):
     params = load_pretrained(folder / name, TINY, placed, "float32")
     assert all(params[path].sharding == placed[path] for path in params)
-    assert not params["layers.mlp.up.kernel"].is_fully_addressable
+    assert not params["layers.0.0.mlp.up.kernel"].is_fully_addressable
     export(folder / f"{name}-out", params, TINY, max_shard_bytes=5000)
-params["layers.mlp.up.kernel"] = params["layers.mlp.up.kernel"] * 1e6
+params["layers.0.0.mlp.up.kernel"] = params["layers.0.0.mlp.up.kernel"] * 1e6
 for name, dtype in (("occupied", "float32"), ("narrow", "float16")):
     try:
         export(folder / name, params, TINY, dtype)

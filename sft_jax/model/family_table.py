@@ -1,0 +1,191 @@
+"""The families that are understood: what each one's `config.json` may say, and what goes without saying.
+
+An entry is data. Where a key is absent, transformers' config class of that family has a default, and so does the entry.
+docs/models.md says how to add one.
+"""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
+
+from sft_jax.model.rope_fields import RopeDefaults
+
+
+class Option(NamedTuple):
+    """A key that only some families have."""
+
+    kind: type
+    fields: tuple[str, ...]
+    """Of TransformerConfig, that the key sets; the first is written back."""
+    is_optional: bool = False
+    """Whether null means none, and not the default."""
+    read: Callable[[Any], Any] = lambda value: value
+    write: Callable[[Any], Any] = lambda value: value
+
+
+def _write_scalar(scale: float) -> int | float:
+    """0.0625 -> 256: an integer where it was one."""
+    scalar = scale**-2
+    return round(scalar) if abs(scalar - round(scalar)) < 1e-9 * scalar else scalar
+
+
+OPTIONS: dict[str, Option] = {
+    "attention_bias": Option(bool, ("qkv_bias", "out_bias")),
+    "mlp_bias": Option(bool, ("mlp_bias",)),
+    "attn_logit_softcapping": Option(float, ("attention_softcap",), is_optional=True),
+    "final_logit_softcapping": Option(float, ("logit_softcap",), is_optional=True),
+    "query_pre_attn_scalar": Option(float, ("attention_scale",), read=lambda value: value**-0.5, write=_write_scalar),
+    "embedding_multiplier": Option(float, ("embedding_multiplier",)),
+    "attention_multiplier": Option(float, ("attention_scale",)),
+    "residual_multiplier": Option(float, ("residual_multiplier",)),
+    "logits_scaling": Option(float, ("logits_divisor",)),
+}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Family:
+    """How a `model_type` is read and written."""
+
+    architecture: str
+    fixed: Mapping[str, Any] = field(default_factory=dict)
+    """Fields of TransformerConfig that no key sets."""
+    options: Mapping[str, Any] = field(default_factory=dict)
+    """Keys of OPTIONS that the family has -> their defaults."""
+    defaults: Mapping[str, Any] = field(default_factory=dict)
+    """Of keys that every family has, where they are not Llama's."""
+    rope: RopeDefaults = field(default_factory=RopeDefaults)
+    windows: str = "none"
+    """Which layers have a window: none; all; last (from `max_window_layers` on, if `use_sliding_window`); or all but
+    every n-th, by the number."""
+    window_period: int = 0
+    """For `windows="periodic"`: every n-th layer sees everything."""
+    window: int | None = None
+    """Default of `sliding_window`."""
+    activations: Mapping[str, str] = field(default_factory=dict)
+    """Names of activations that mean something else than in other families."""
+    scales_embedding: bool = False
+    """Embeddings are multiplied by sqrt(embed_dim)."""
+    only: Mapping[str, Any] = field(default_factory=dict)
+    """Keys that would change the numbers, and the one value that is supported (of an object: of its keys)."""
+    harmless: frozenset[str] = frozenset()
+    """Keys that change no number."""
+
+
+# Gemma's norms multiply by 1 + scale, and its embeddings by sqrt(embed_dim).
+_GEMMA: dict[str, Any] = {
+    "scales_embedding": True,
+    "only": {"use_bidirectional_attention": False},
+    "harmless": frozenset({"cache_implementation"}),
+}
+_GEMMA_DEFAULTS = {"head_dim": 256, "activation": "gelu_tanh", "tie_word_embeddings": True}
+# Microsoft's folders name the code that came with them, which is never run: transformers' own is the same model.
+_PHI3_CODE = {
+    "AutoConfig": "configuration_phi3.Phi3Config",
+    "AutoModelForCausalLM": "modeling_phi3.Phi3ForCausalLM",
+    "AutoTokenizer": "Xenova/gpt-4o",
+}
+
+FAMILIES: dict[str, Family] = {
+    # Llama 2, 3, 3.1, 3.2, 3.3, and the many models that took over its code.
+    "llama": Family(
+        architecture="LlamaForCausalLM",
+        options={"attention_bias": False, "mlp_bias": False},
+    ),
+    # Mistral 7B and Mistral-Small.
+    "mistral": Family(
+        architecture="MistralForCausalLM",
+        defaults={"num_key_value_heads": 8, "max_position_embeddings": 131_072},
+        windows="all",
+        window=4096,
+    ),
+    # Qwen2 and Qwen2.5.
+    "qwen2": Family(
+        architecture="Qwen2ForCausalLM",
+        fixed={"qkv_bias": True},
+        defaults={"num_key_value_heads": 32, "max_position_embeddings": 32_768},
+        windows="last",
+        window=4096,
+        only={"use_mrope": False},
+    ),
+    "qwen3": Family(
+        architecture="Qwen3ForCausalLM",
+        fixed={"qk_norm": "head"},
+        options={"attention_bias": False},
+        defaults={"num_key_value_heads": 32, "head_dim": 128, "max_position_embeddings": 32_768},
+        windows="last",
+        window=4096,
+    ),
+    "gemma": Family(
+        architecture="GemmaForCausalLM",
+        fixed={"norm_adds_one": True},
+        options={"attention_bias": False},
+        defaults=_GEMMA_DEFAULTS | {"num_key_value_heads": 16, "max_position_embeddings": 8192},
+        activations={"gelu": "gelu_tanh"},  # as the first folders call it
+        **_GEMMA,
+    ),
+    "gemma2": Family(
+        architecture="Gemma2ForCausalLM",
+        fixed={"norm_adds_one": True, "norms": "sandwich"},
+        options={
+            "attention_bias": False,
+            "query_pre_attn_scalar": 256.0,
+            "attn_logit_softcapping": 50.0,
+            "final_logit_softcapping": 30.0,
+        },
+        defaults=_GEMMA_DEFAULTS | {"num_key_value_heads": 4, "max_position_embeddings": 8192},
+        windows="periodic",
+        window_period=2,
+        window=4096,
+        **_GEMMA,
+    ),
+    "gemma3_text": Family(
+        architecture="Gemma3ForCausalLM",
+        fixed={"norm_adds_one": True, "norms": "sandwich", "qk_norm": "head"},
+        options={
+            "attention_bias": False,
+            "query_pre_attn_scalar": 256.0,
+            "attn_logit_softcapping": None,
+            "final_logit_softcapping": None,
+        },
+        defaults=_GEMMA_DEFAULTS | {"num_key_value_heads": 4, "max_position_embeddings": 131_072},
+        rope=RopeDefaults(theta=1_000_000.0, local_theta=10_000.0),
+        windows="periodic",
+        window_period=6,
+        window=4096,
+        **_GEMMA,
+    ),
+    # OLMo-2: no norm before a part, one after it, and one over all queries and all keys.
+    "olmo2": Family(
+        architecture="Olmo2ForCausalLM",
+        fixed={"norms": "post", "qk_norm": "all"},
+        options={"attention_bias": False},
+        defaults={"rms_norm_eps": 1e-5},
+    ),
+    # Granite 3: Llama with four multipliers.
+    "granite": Family(
+        architecture="GraniteForCausalLM",
+        options={
+            "attention_bias": False,
+            "mlp_bias": False,
+            "embedding_multiplier": 1.0,
+            "attention_multiplier": 1.0,
+            "residual_multiplier": 1.0,
+            "logits_scaling": 1.0,
+        },
+    ),
+    # Phi-3, Phi-3.5, Phi-4 and Phi-4-mini: fused tensors, see hf_names.
+    "phi3": Family(
+        architecture="Phi3ForCausalLM",
+        defaults={"max_position_embeddings": 4096, "rms_norm_eps": 1e-5},
+        rope=RopeDefaults(original_max_position=4096, types=("default", "longrope", "su")),
+        windows="all",
+        only={
+            "resid_pdrop": 0,
+            "embd_pdrop": 0,
+            "lm_head_bias": False,
+            "interpolate_factor": 1,
+            "full_attn_mod": 1,
+            "auto_map": _PHI3_CODE,
+        },
+    ),
+}
