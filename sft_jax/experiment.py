@@ -13,9 +13,10 @@ import optax
 from etils import epath
 from jax.sharding import AbstractMesh, Mesh, NamedSharding
 
-from sft_jax.checkpoint.hf import load_pretrained, read_config
+from sft_jax.checkpoint.hf import digest_weights, grow_sources, load_pretrained, open_sources, read_config
 from sft_jax.checkpoint.manager import CheckpointManager
-from sft_jax.checkpoint.peft import digest_base, load_adapter, module_names
+from sft_jax.checkpoint.param_source import ParamSource
+from sft_jax.checkpoint.peft import load_adapter, module_names
 from sft_jax.config_schema import Config
 from sft_jax.data import rendering
 from sft_jax.data.pipeline import PackedDataset, open_dataset
@@ -168,7 +169,7 @@ class ModelOnMesh:
         }
         if self.leaves[1]:
             identity["config.model.frozen_dtype"] = section.frozen_dtype
-            identity["weights in config.model.path"] = digest_base(section.path) if section.path else ""
+            identity["weights in config.model.path"] = digest_weights(section.path) if section.path else ""
         if lora.rank:
             options = dataclasses.asdict(lora)
             kept = ("rank", "alpha", "use_rslora", "use_dora", "targets", "modules_to_save", "quantize")
@@ -258,6 +259,23 @@ def place_model(config: Config, renderer: Renderer) -> ModelOnMesh:
     placed = ModelOnMesh(config, open_model_config(config, renderer), mesh)
     assert placed.shardings  # made now, so that a wrong size or name is said before anything is read
     return placed
+
+
+def open_sources_of_step(
+    config: Config, renderer: Renderer, manager: CheckpointManager, step: int
+) -> tuple[TransformerConfig, dict[str, Array | ParamSource]]:
+    """The model and, for each of its parameters, where it lies on disk: in the checkpoint, or in `config.model.path`
+    where it was frozen. Neither a mesh nor memory for the model is needed. Frozen random parameters are made again."""
+    model = open_model_config(config, renderer)
+    trained, frozen = split_params(abstract_params(model, config.model.param_dtype), config.model.freeze)
+    sources: dict[str, Array | ParamSource] = dict(manager.open_params(step, trained))
+    if frozen and config.model.path:
+        stored, _ = read_config(config.model.path)
+        base = grow_sources(open_sources(config.model.path, stored), model)
+        sources |= {path: base[path] for path in frozen}
+    elif frozen:
+        sources |= place_model(config, renderer).open_frozen()
+    return model, sources
 
 
 @dataclasses.dataclass(frozen=True)

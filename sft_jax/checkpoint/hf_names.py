@@ -269,5 +269,5 @@ def _check(tensor: TensorInfo, shape: tuple[int, ...]) -> None:
         raise StorageError(
             f"{tensor} is {list(tensor.shape)}, and config.json asks for {list(shape)}. They are of different models."
         )
-    if tensor.dtype.name not in ("float64", "float32", "float16", "bfloat16"):
+    if tensor.dtype.name not in ("float64", "float32", "float16", "bfloat16", "float8_e4m3fn", "float8_e5m2"):
         raise StorageError(f"{tensor} has dtype {tensor.dtype.name}; quantized weights are not supported. Dequantize.")

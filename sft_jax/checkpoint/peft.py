@@ -10,7 +10,6 @@ and what trains whole, such as embed.embedding [V, D], under its own name.
 Source of the names: https://huggingface.co/docs/peft/developer_guides/checkpoint
 """
 
-import hashlib
 import os
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -24,15 +23,9 @@ from jax.experimental import multihost_utils
 from jax.sharding import Sharding
 
 from sft_jax.checkpoint.hf_names import EMBEDDING, HEAD, TensorRule, hf_tensors, tensor_rules
-from sft_jax.checkpoint.safetensors_io import (
-    SINGLE_FILE,
-    TensorInfo,
-    TensorSpec,
-    map_tensor,
-    read_header,
-    read_index,
-    write_tensors,
-)
+from sft_jax.checkpoint.model_files import file_in
+from sft_jax.checkpoint.safetensors_io import SINGLE_FILE, TensorInfo, read_header
+from sft_jax.checkpoint.safetensors_writer import TensorSpec, write_tensors
 from sft_jax.config_schema import LoraConfig
 from sft_jax.datatypes import ConfigError, StorageError
 from sft_jax.model.families import TransformerConfig
@@ -40,7 +33,6 @@ from sft_jax.model.transformer import Params
 
 CONFIG_FILE = "adapter_config.json"
 WEIGHTS_FILE = "adapter_model.safetensors"
-_SAMPLED_VALUES = 256
 _PREFIX = "base_model.model."
 _SUFFIXES = {"lora_a": "lora_A.weight", "lora_b": "lora_B.weight", "magnitude": "lora_magnitude_vector"}
 # What every family's maps may be called in config.lora, though its own files hold them under other names, or fused.
@@ -208,13 +200,13 @@ def load_adapter(
     folder = Path(folder)
     fields = _read_fields(folder)
     _check_options(fields, lora, folder)
-    index = read_header(folder / WEIGHTS_FILE)
+    index = read_header(file_in(folder, WEIGHTS_FILE))
     tensors = list(adapter_tensors(config, shapes))
     _check_tensors(index, tensors, folder)
     rules = {rule.path: rule for rule in tensor_rules(config)}
     host = {path: np.empty(shape, jnp.dtype(dtype)) for path, shape in shapes.items()}
     for tensor in tensors:
-        values = _from_peft(map_tensor(index[tensor.name]), tensor, rules, config)
+        values = _from_peft(_read(index[tensor.name]), tensor, rules, config)
         if not np.isfinite(values).all():
             raise StorageError(f"{index[tensor.name]} has NaN or infinite values. Use another adapter.")
         out = host[tensor.path] if tensor.place is None else host[tensor.path][tensor.place]
@@ -230,6 +222,10 @@ def load_adapter(
         path: jax.make_array_from_callback(values.shape, shardings[path], values.__getitem__)
         for path, values in host.items()
     }
+
+
+def _read(tensor: TensorInfo) -> np.ndarray:
+    return tensor.read_box(tuple(slice(0, size) for size in tensor.shape))
 
 
 def _read_fields(folder: Path) -> dict[str, Any]:
@@ -287,17 +283,3 @@ def _from_peft(
     if tensor.path in rules:
         return rules[tensor.path].from_hf(values, config)
     return values.T if values.ndim == 2 else values
-
-
-def digest_base(folder: str | os.PathLike[str]) -> str:
-    """sha256 of what a base model's folder holds: every tensor's name, dtype and shape, and the bytes at its two ends.
-
-    An adapter means nothing on another base. Hashing all bytes would take minutes; training changes every tensor.
-    """
-    digest = hashlib.sha256()
-    for name, info in sorted(read_index(folder).items()):
-        digest.update(f"{name} {info.dtype.name} {info.shape}\n".encode())
-        values = map_tensor(info).reshape(-1)
-        for end in (values[:_SAMPLED_VALUES], values[-_SAMPLED_VALUES:]):
-            digest.update(np.ascontiguousarray(end).view(np.uint8).tobytes())
-    return digest.hexdigest()

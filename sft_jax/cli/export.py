@@ -6,13 +6,14 @@ import sys
 
 from etils import epath
 
-from sft_jax.checkpoint.hf import export_pretrained
+from sft_jax.checkpoint.hf_export import EXPORT_DTYPES, export_pretrained
 from sft_jax.checkpoint.manager import CheckpointManager
+from sft_jax.checkpoint.model_card import make_model_card
 from sft_jax.checkpoint.peft import export_adapter
 from sft_jax.command_line import run_command
 from sft_jax.config import from_config_dict
 from sft_jax.datatypes import ConfigError, StorageError
-from sft_jax.experiment import open_renderer, place_model
+from sft_jax.experiment import open_renderer, open_sources_of_step, place_model
 
 
 def main(args: list[str]) -> int:
@@ -28,6 +29,7 @@ def main(args: list[str]) -> int:
     parts = parser.add_mutually_exclusive_group()
     parts.add_argument("--adapter", action="store_true", help="of a LoRA run: the adapter alone, as peft loads it")
     parts.add_argument("--merge", action="store_true", help="of a LoRA run: the whole model, adapter merged (default)")
+    parser.add_argument("--dtype", choices=EXPORT_DTYPES, help="default: config.model.param_dtype of the run")
     options = parser.parse_args(args)
 
     run_dir = epath.Path(options.run)
@@ -42,15 +44,23 @@ def main(args: list[str]) -> int:
     if (options.adapter or options.merge) and not config.lora.rank:
         raise ConfigError(f"--run={run_dir}: has no adapter (config.lora.rank is 0). Leave --adapter and --merge out.")
     renderer = open_renderer(config)
-    placed = place_model(config, renderer)
-    trained, dtype = manager.restore_params(step, placed.abstract_state.params), config.model.param_dtype
+    dtype = options.dtype or config.model.param_dtype
     if options.adapter:
+        placed = place_model(config, renderer)
+        trained = manager.restore_params(step, placed.abstract_state.params)
         export_adapter(options.to, trained, placed.model, config.lora, config.model.path, dtype)
         print(f"adapter of step {step} exported to {options.to}")
         return 0
-    params = placed.merge(trained | placed.open_frozen())
+    model, sources = open_sources_of_step(config, renderer, manager, step)
     export_pretrained(
-        options.to, params, placed.model, renderer.tokenizer, renderer.template.text, renderer.stop_ids, dtype
+        options.to,
+        sources,
+        model,
+        renderer.tokenizer,
+        renderer.template.text,
+        renderer.stop_ids,
+        dtype,
+        model_card=make_model_card(run_dir, step),
     )
     print(f"step {step} exported to {options.to}")
     return 0
