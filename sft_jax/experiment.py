@@ -13,21 +13,33 @@ import optax
 from etils import epath
 from jax.sharding import AbstractMesh, Mesh, NamedSharding
 
-from sft_jax.checkpoint.hf import digest_weights, grow_sources, load_pretrained, open_sources, read_config
+from sft_jax.checkpoint.hf import digest_weights, grow_sources, held_arrays, load_pretrained, open_sources, read_config
 from sft_jax.checkpoint.manager import CheckpointManager
-from sft_jax.checkpoint.param_source import ParamSource
+from sft_jax.checkpoint.merged_source import MergedSource
+from sft_jax.checkpoint.param_source import ParamSource, read_box
 from sft_jax.checkpoint.peft import load_adapter, module_names
-from sft_jax.config_schema import Config
+from sft_jax.checkpoint.quantized_source import HeldArray
+from sft_jax.config_schema import Config, MeshConfig
 from sft_jax.data import rendering
 from sft_jax.data.pipeline import PackedDataset, open_dataset
 from sft_jax.data.rendering import Renderer
 from sft_jax.datatypes import ConfigError
 from sft_jax.model.families import TransformerConfig
+from sft_jax.model.linear import ADAPTERS
 from sft_jax.model.lora import Kernel, Leaf, find_kernels, init_adapters, lay_out, match_names, merge_adapters
 from sft_jax.model.presets import preset_config
 from sft_jax.model.quantized import SCALES
 from sft_jax.model.transformer import Params, abstract_params, init_params, logical_dims
-from sft_jax.sharding import Batch, build_mesh, check_batch_divides, num_parts, place_batch, replicated, shardings_for
+from sft_jax.sharding import (
+    Batch,
+    build_abstract_mesh,
+    build_mesh,
+    check_batch_divides,
+    num_parts,
+    place_batch,
+    replicated,
+    shardings_for,
+)
 from sft_jax.training.evaluation import Evaluator, make_held_out_loss
 from sft_jax.training.loop import EarlyStopping
 from sft_jax.training.optimizer import build_optimizer
@@ -208,11 +220,38 @@ class ModelOnMesh:
             merge_adapters(params, self.kernels, self.config.lora.scale, jnp.dtype(self.config.model.param_dtype))
         )
 
+    def merge_sources(
+        self, base: Mapping[str, ParamSource], trained: Mapping[str, ParamSource]
+    ) -> dict[str, MergedSource]:
+        """`merge` of sources: those kernels that are not the base's own."""
+        merged = {}
+        for module, kernel in self.kernels.items():
+            path, dtype = f"{module}.kernel", self.config.model.param_dtype
+            names = [name for name in ADAPTERS if f"{module}.{name}" in trained]
+            if path in trained or (not names and path in self.leaves[1]):
+                continue
+            held = held_arrays(path, base[path], self._base_dtypes[path], self.model)
+            parts = {held_path.rpartition(".")[2]: array for held_path, array in held.items()}
+            for name in names:
+                source = trained[f"{module}.{name}"]
+                parts[name] = HeldArray(source.shape, partial(read_box, source, dtype=dtype))
+            merged[path] = MergedSource(base[path], parts, len(kernel.outs), self.config.lora.scale)
+        return merged
+
+    @cached_property
+    def _base_dtypes(self) -> dict[str, str]:
+        """How each parameter of the base is held: a dtype, or a format of quantized.py."""
+        (trainable, frozen), section = self.leaves, self.config.model
+        return {
+            path: section.param_dtype if path in trainable
+            else str(frozen[path].dtype) if path in frozen
+            else self.config.lora.quantize
+            for path in self._base
+        }  # fmt: skip
+
     def _open_base(self) -> Params:
         """The parameters of the model without adapters, as they are held."""
-        config, (trainable, frozen) = self.config, self.leaves
-        dtypes = {path: config.model.param_dtype if path in trainable else str(frozen[path].dtype) if path in frozen
-                  else config.lora.quantize for path in self._base}  # fmt: skip
+        config, dtypes = self.config, self._base_dtypes
         if config.model.path:
             return load_pretrained(config.model.path, self.model, self.shardings, dtypes)
 
@@ -264,18 +303,23 @@ def place_model(config: Config, renderer: Renderer) -> ModelOnMesh:
 def open_sources_of_step(
     config: Config, renderer: Renderer, manager: CheckpointManager, step: int
 ) -> tuple[TransformerConfig, dict[str, Array | ParamSource]]:
-    """The model and, for each of its parameters, where it lies on disk: in the checkpoint, or in `config.model.path`
-    where it was frozen. Neither a mesh nor memory for the model is needed. Frozen random parameters are made again."""
+    """The plain model and, for each of its parameters, where it lies on disk: in the checkpoint; in `config.model.path`
+    where it was frozen; of a kernel with an adapter, in both. Neither a mesh nor memory for the model is needed. Frozen
+    random parameters are made again."""
     model = open_model_config(config, renderer)
-    trained, frozen = split_params(abstract_params(model, config.model.param_dtype), config.model.freeze)
-    sources: dict[str, Array | ParamSource] = dict(manager.open_params(step, trained))
-    if frozen and config.model.path:
-        stored, _ = read_config(config.model.path)
-        base = grow_sources(open_sources(config.model.path, stored), model)
-        sources |= {path: base[path] for path in frozen}
-    elif frozen:
-        sources |= place_model(config, renderer).open_frozen()
-    return model, sources
+    placed = ModelOnMesh(config, model, build_abstract_mesh(MeshConfig(fsdp=1), 1))
+    if placed.leaves[1] and not config.model.path:
+        on_mesh = place_model(config, renderer)
+        trained = manager.restore_params(step, on_mesh.abstract_state.params)
+        return model, dict(on_mesh.merge(trained | on_mesh.open_frozen()))
+    opened = manager.open_params(step, placed.leaves[0])
+    if not placed.leaves[1]:
+        return model, dict(opened)
+    stored, _ = read_config(config.model.path)
+    base = grow_sources(open_sources(config.model.path, stored), model)
+    merged = placed.merge_sources(base, opened) if config.lora.rank else {}
+    sources: dict[str, Array | ParamSource] = {path: opened.get(path, source) for path, source in base.items()}
+    return model, sources | merged
 
 
 @dataclasses.dataclass(frozen=True)

@@ -27,6 +27,7 @@ from sft_jax.experiment import (
     ModelOnMesh,
     open_evaluators,
     open_renderer,
+    open_sources_of_step,
     open_start,
     open_train_data,
     place_batches,
@@ -116,7 +117,9 @@ def run(config: Config, console: Console | None = None) -> epath.Path:
             soft_wrap=True,
         )
     if config.checkpoint.export:
-        params, template = placed.merge({**state.params, **frozen}), renderer.template.text
+        params, template = {**state.params, **frozen}, renderer.template.text
+        if config.lora.rank:  # from disk: a merged model beside this one would want its memory twice
+            _, params = open_sources_of_step(config, renderer, manager, int(state.step))
         dtype = config.model.param_dtype
         export_pretrained(
             run_dir / "export",

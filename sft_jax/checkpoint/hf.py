@@ -82,13 +82,13 @@ def load_pretrained(
     assert dataclasses.replace(stored, vocab_size=config.vocab_size) == config, f"{folder} holds {stored}"
     params = {}
     for path, source in grow_sources(open_sources(folder, stored), config).items():
-        for name, array in _held_arrays(path, source, dtypes[path], config).items():
+        for name, array in held_arrays(path, source, dtypes[path], config).items():
             sharding = shardings[name] if shardings is not None else SingleDeviceSharding(jax.devices()[0])
             params[name] = place_shards(array.shape, sharding, array.read)
     return params
 
 
-def _held_arrays(path: str, source: ParamSource, dtype: str, config: TransformerConfig) -> dict[str, HeldArray]:
+def held_arrays(path: str, source: ParamSource, dtype: str, config: TransformerConfig) -> dict[str, HeldArray]:
     """The one array of most parameters, by path; or the codes and the scales of a quantized kernel."""
     if dtype not in quantized.FORMATS:
         return {path: HeldArray(source.shape, partial(read_box, source, dtype=dtype))}
