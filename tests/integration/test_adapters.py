@@ -153,7 +153,7 @@ def test_no_effect_at_the_start_and_the_merged_model_s_numbers(folder, name):
     merged = placed.merge(trained)
     assert set(merged) == set(placed._base)
     assert np.abs(adapted - start).max() > 0.1
-    sources = placed.merge_sources(open_sources(folder, MODEL), {p: ArraySource(v) for p, v in trained.items()})
+    sources = placed.merge_sources(open_sources(folder, MODEL), {p: ArraySource(trained[p]) for p in trainable})
     for path, source in sources.items():
         values = read_box(source, tuple(slice(0, size) for size in source.shape), "float64")
         np.testing.assert_allclose(values, merged[path], atol=1e-7)
