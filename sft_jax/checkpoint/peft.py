@@ -10,6 +10,7 @@ and what trains whole, such as embed.embedding [V, D], under its own name.
 Source of the names: https://huggingface.co/docs/peft/developer_guides/checkpoint
 """
 
+import math
 import os
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -30,6 +31,7 @@ from sft_jax.config_schema import LoraConfig
 from sft_jax.datatypes import ConfigError, StorageError
 from sft_jax.model.families import TransformerConfig
 from sft_jax.model.transformer import Params
+from sft_jax.typing import Array
 
 CONFIG_FILE = "adapter_config.json"
 WEIGHTS_FILE = "adapter_model.safetensors"
@@ -48,7 +50,7 @@ _ONLY_VALUES: dict[str, tuple[Any, ...]] = {
     "fan_in_fan_out": (False, None),
     **{
         name: (None, False, {}, [])
-        for name in ("rank_pattern", "alpha_pattern", "lora_bias", "layer_replication", "trainable_token_indices",
+        for name in ("lora_bias", "layer_replication", "trainable_token_indices",
                      "target_parameters", "alora_invocation_tokens", "arrow_config", "use_qalora", "use_bdlora")
     },
 }  # fmt: skip
@@ -58,10 +60,21 @@ class AdapterTensor(NamedTuple):
     """One tensor of an adapter folder, and where its values stand among our parameters."""
 
     name: str
-    path: str
+    rules: tuple[TensorRule, ...]
+    """Of the base's tensor: several where it is fused."""
+    kind: str
+    """`lora_a`, `lora_b` or `magnitude` of the maps; `whole`: the base's tensor itself."""
     place: int | None
     """In the stack of layers; None: the parameter belongs to no layer."""
     shape: tuple[int, ...]
+
+    def path(self, rule: TensorRule) -> str:
+        """Our parameter of one of the rules."""
+        return rule.path if self.kind == "whole" else f"{_module(rule)}.{self.kind}"
+
+
+def _module(rule: TensorRule) -> str:
+    return rule.path.removesuffix(".kernel")
 
 
 def module_names(config: TransformerConfig) -> dict[str, set[str]]:
@@ -76,20 +89,38 @@ def module_names(config: TransformerConfig) -> dict[str, set[str]]:
 
 
 def adapter_tensors(config: TransformerConfig, shapes: Mapping[str, tuple[int, ...]]) -> Iterator[AdapterTensor]:
-    """Every tensor of the folder of a run whose trained parameters have `shapes`."""
-    for hf_name, (rule, *_), stacked_at in hf_tensors(config):
-        module, place = rule.path.removesuffix(".kernel"), stacked_at if rule.is_stacked else None
-        name = _PREFIX + hf_name
-        if rule.path in shapes:
-            yield AdapterTensor(name, rule.path, place, rule.hf_shape(config))
-            if rule is EMBEDDING and config.tie_embeddings:  # PEFT copies what it saves, which unties the two
-                yield AdapterTensor(_PREFIX + HEAD.hf_name, rule.path, place, rule.hf_shape(config))
-        if f"{module}.lora_a" in shapes:
-            outs, ins = rule.hf_shape(config)
-            rank = shapes[f"{module}.lora_a"][-1]
-            for ours, shape in {"lora_a": (rank, ins), "lora_b": (outs, rank), "magnitude": (outs,)}.items():
-                if f"{module}.{ours}" in shapes:
-                    yield AdapterTensor(name.removesuffix("weight") + _SUFFIXES[ours], f"{module}.{ours}", place, shape)
+    """Every tensor of the folder of a run whose trained parameters have `shapes`.
+
+    Of a fused tensor PEFT knows one adapter. Ours become one of their ranks together: one below the other in lora_A, on
+    the diagonal of lora_B.
+
+    Raises:
+      ConfigError: only some parts of a fused tensor train.
+    """
+    for hf_name, rules, stacked_at in hf_tensors(config):
+        place = stacked_at if rules[0].is_stacked else None
+        outs_ins = rules[0].hf_shape(config)
+        if _all_or_none(rules, [rule.path in shapes for rule in rules]):
+            yield AdapterTensor(_PREFIX + hf_name, rules, "whole", place, outs_ins)
+            if rules[0] is EMBEDDING and config.tie_embeddings:  # PEFT copies what it saves, which unties the two
+                yield AdapterTensor(_PREFIX + HEAD.hf_name, rules, "whole", place, outs_ins)
+        if _all_or_none(rules, [f"{_module(rule)}.lora_a" in shapes for rule in rules]):
+            rank = sum(shapes[f"{_module(rule)}.lora_a"][-1] for rule in rules)
+            named = {"lora_a": (rank, outs_ins[1]), "lora_b": (outs_ins[0], rank), "magnitude": outs_ins[:1]}
+            for kind, shape in named.items():
+                if f"{_module(rules[0])}.{kind}" in shapes:
+                    name = _PREFIX + hf_name.removesuffix("weight") + _SUFFIXES[kind]
+                    yield AdapterTensor(name, rules, kind, place, shape)
+
+
+def _all_or_none(rules: tuple[TensorRule, ...], train: list[bool]) -> bool:
+    if any(train) and not all(train):
+        without = ", ".join(rule.path for rule, trains in zip(rules, train, strict=True) if not trains)
+        raise ConfigError(
+            f"config.lora: {rules[0].hf_name} is one tensor in this family, and {without} of it does not train as the "
+            "rest does. PEFT has no form for that: export the merged model."
+        )
+    return train[0]
 
 
 def export_adapter(
@@ -107,9 +138,8 @@ def export_adapter(
       StorageError: the folder is not empty, or the disk refuses.
     """
     tensors = list(adapter_tensors(config, {path: value.shape for path, value in trained.items()}))
-    rules = {rule.path: rule for rule in tensor_rules(config)}
     target = Path(folder)
-    values = ((tensor.name, _to_peft(trained, tensor, rules, dtype)) for tensor in tensors)
+    values = ((tensor.name, _to_peft(trained, tensor, dtype)) for tensor in tensors)
     if jax.process_index() != 0:
         for _ in values:  # gathering takes all processes
             pass
@@ -131,10 +161,9 @@ def adapter_config(
     tensors: list[AdapterTensor], config: TransformerConfig, lora: LoraConfig, base: str
 ) -> dict[str, Any]:
     """The fields of adapter_config.json."""
-    suffix = f".{_SUFFIXES['lora_a']}"
-    names = [tensor.name.removeprefix(_PREFIX) for tensor in tensors]
-    targets = {name.removesuffix(suffix) for name in names if name.endswith(suffix)}
-    saved = {name.rpartition(".")[0] for name in names if ".lora_" not in name}
+    targets = {_hf_module(tensor): len(tensor.rules) for tensor in tensors if tensor.kind == "lora_a"}
+    saved = {_hf_module(tensor) for tensor in tensors if tensor.kind == "whole"}
+    ranks, alphas = _fused_patterns(tensors, lora)
     return {
         "peft_type": "LORA",
         "task_type": "CAUSAL_LM",
@@ -145,7 +174,9 @@ def adapter_config(
         "lora_dropout": lora.dropout,
         "use_rslora": lora.use_rslora,
         "use_dora": lora.use_dora,
-        "target_modules": sorted(_shorten(targets, config)),
+        "rank_pattern": ranks,
+        "alpha_pattern": alphas,
+        "target_modules": sorted(_shorten(set(targets), config)),
         "modules_to_save": sorted(saved) or None,
         "bias": "none",
         "fan_in_fan_out": False,
@@ -162,22 +193,50 @@ def _shorten(targets: set[str], config: TransformerConfig) -> set[str]:
     return short if {name for name in all_names if last(name) in short} == targets else targets
 
 
-def _to_peft(trained: Params, tensor: AdapterTensor, rules: Mapping[str, TensorRule], dtype: str) -> np.ndarray:
-    value = trained[tensor.path]
-    part = value if tensor.place is None else value[tensor.place]
+def _hf_module(tensor: AdapterTensor) -> str:
+    """`model.layers.0.self_attn.q_proj` of any of its tensors."""
+    name = tensor.name.removeprefix(_PREFIX)
+    return name.removesuffix("weight" if tensor.kind == "whole" else _SUFFIXES[tensor.kind]).removesuffix(".")
+
+
+def _fused_patterns(tensors: list[AdapterTensor], lora: LoraConfig) -> tuple[dict[str, int], dict[str, float]]:
+    """PEFT's rank and alpha of the adapters of fused tensors, by name; alpha is such that the factor stays ours."""
+    parts = {_hf_module(t).rpartition(".")[2]: len(t.rules) for t in tensors if t.kind == "lora_a" and len(t.rules) > 1}
+    ranks = {name: num * lora.rank for name, num in parts.items()}
+    return ranks, {name: lora.alpha * (num**0.5 if lora.use_rslora else num) for name, num in parts.items()}
+
+
+def _to_peft(trained: Params, tensor: AdapterTensor, dtype: str) -> np.ndarray:
+    hosts = [_pull(trained[tensor.path(rule)], tensor.place) for rule in tensor.rules]
+    if tensor.kind == "whole":
+        parts = [rule.to_hf(host) for rule, host in zip(tensor.rules, hosts, strict=True)]
+        values = parts[0] if len(parts) == 1 else np.concatenate(parts)
+    elif tensor.kind == "lora_a":
+        values = np.concatenate([host.reshape(-1, host.shape[-1]).T for host in hosts])
+    elif tensor.kind == "lora_b":
+        values = _on_diagonal([host.reshape(len(host), -1).T for host in hosts])
+    else:
+        values = np.concatenate([host.reshape(-1) for host in hosts])
+    values = values.reshape(tensor.shape).astype(jnp.dtype(dtype))
+    if not np.isfinite(values).all():
+        raise StorageError(f"export: {tensor.name} has NaN or infinite values (as {dtype}). Export an earlier step.")
+    return values
+
+
+def _pull(value: Array, place: int | None) -> np.ndarray:
+    part = value if place is None else value[place]
     if not part.is_fully_addressable:
         part = multihost_utils.process_allgather(part, tiled=True)
-    host = np.asarray(part)
-    if tensor.path in rules:
-        host = rules[tensor.path].to_hf(host)
-    else:
-        name = tensor.path.rpartition(".")[2]
-        rank = tensor.shape[0] if name == "lora_a" else tensor.shape[-1]
-        host = host.reshape(-1, rank).T if name == "lora_a" else host.reshape(rank, -1).T if name == "lora_b" else host
-    host = host.reshape(tensor.shape).astype(jnp.dtype(dtype))
-    if not np.isfinite(host).all():
-        raise StorageError(f"export: {tensor.name} has NaN or infinite values (as {dtype}). Export an earlier step.")
-    return host
+    return np.asarray(part)
+
+
+def _on_diagonal(blocks: list[np.ndarray]) -> np.ndarray:
+    rows, columns = (sum(block.shape[dim] for block in blocks) for dim in (0, 1))
+    out, row, column = np.zeros((rows, columns), blocks[0].dtype), 0, 0
+    for block in blocks:
+        out[row : row + block.shape[0], column : column + block.shape[1]] = block
+        row, column = row + block.shape[0], column + block.shape[1]
+    return out
 
 
 def load_adapter(
@@ -199,25 +258,26 @@ def load_adapter(
     """
     folder = Path(folder)
     fields = _read_fields(folder)
-    _check_options(fields, lora, folder)
-    index = read_header(file_in(folder, WEIGHTS_FILE))
     tensors = list(adapter_tensors(config, shapes))
+    _check_options(fields, lora, _fused_patterns(tensors, lora), folder)
+    index = read_header(file_in(folder, WEIGHTS_FILE))
     _check_tensors(index, tensors, folder)
-    rules = {rule.path: rule for rule in tensor_rules(config)}
     host = {path: np.empty(shape, jnp.dtype(dtype)) for path, shape in shapes.items()}
     for tensor in tensors:
-        values = _from_peft(_read(index[tensor.name]), tensor, rules, config)
+        info = index[tensor.name]
+        values = _read(info)
         if not np.isfinite(values).all():
-            raise StorageError(f"{index[tensor.name]} has NaN or infinite values. Use another adapter.")
-        out = host[tensor.path] if tensor.place is None else host[tensor.path][tensor.place]
-        if tensor.name == _PREFIX + HEAD.hf_name and config.tie_embeddings:
-            if not np.array_equal(out, values.reshape(out.shape).astype(out.dtype)):
+            raise StorageError(f"{info} has NaN or infinite values. Use another adapter.")
+        for rule, part in zip(tensor.rules, _from_peft(values, tensor, shapes, lora.rank, config, info), strict=True):
+            out = host[tensor.path(rule)]
+            out = out if tensor.place is None else out[tensor.place]
+            part = part.reshape(out.shape).astype(out.dtype)
+            if tensor.name == _PREFIX + HEAD.hf_name and config.tie_embeddings and not np.array_equal(out, part):
                 raise StorageError(
-                    f"{index[tensor.name]} differs from the embedding, and this model ties them. Merge the adapter by "
-                    "PEFT into a model with tie_word_embeddings false, and train that."
+                    f"{info} differs from the embedding, and this model ties them. Merge the adapter by PEFT into a "
+                    "model with tie_word_embeddings false, and train that."
                 )
-        else:
-            out[...] = values.reshape(out.shape)
+            out[...] = part
     return {
         path: jax.make_array_from_callback(values.shape, shardings[path], values.__getitem__)
         for path, values in host.items()
@@ -225,7 +285,8 @@ def load_adapter(
 
 
 def _read(tensor: TensorInfo) -> np.ndarray:
-    return tensor.read_box(tuple(slice(0, size) for size in tensor.shape))
+    values = tensor.read_box(tuple(slice(0, size) for size in tensor.shape))
+    return values.astype(np.float32) if values.dtype.itemsize < 4 else np.asarray(values)
 
 
 def _read_fields(folder: Path) -> dict[str, Any]:
@@ -238,7 +299,9 @@ def _read_fields(folder: Path) -> dict[str, Any]:
         raise ConfigError(f"{path}: is not a JSON object: {error}. Download it again.") from error
 
 
-def _check_options(fields: Mapping[str, Any], lora: LoraConfig, folder: Path) -> None:
+def _check_options(
+    fields: Mapping[str, Any], lora: LoraConfig, patterns: tuple[Mapping[str, Any], Mapping[str, Any]], folder: Path
+) -> None:
     where = folder / CONFIG_FILE
     ours = {"r": ("rank", lora.rank), "lora_alpha": ("alpha", lora.alpha)}
     ours |= {"use_rslora": ("use_rslora", lora.use_rslora), "use_dora": ("use_dora", lora.use_dora)}
@@ -252,6 +315,11 @@ def _check_options(fields: Mapping[str, Any], lora: LoraConfig, folder: Path) ->
         for key, accepted in _ONLY_VALUES.items()
         if fields.get(key, accepted[0]) not in accepted
     ]
+    errors += [
+        f"{where}: {key} is {fields[key]!r}; only one rank and alpha for all is supported."
+        for key, ours_of_fused in zip(("rank_pattern", "alpha_pattern"), patterns, strict=True)
+        if fields.get(key) and fields[key] != ours_of_fused
+    ]
     if errors:
         raise ConfigError("\n".join(errors))
 
@@ -264,7 +332,7 @@ def _check_tensors(index: Mapping[str, TensorInfo], tensors: list[AdapterTensor]
                 f"{folder / WEIGHTS_FILE}: has no tensor {name}, which config.lora.targets or "
                 "modules_to_save ask for. Set them to what the adapter has."
             )
-        if index[name].shape != tensor.shape:
+        if index[name].shape not in (tensor.shape, _shared_shape(tensor)):
             raise StorageError(f"{index[name]} is {list(index[name].shape)}; expected {list(tensor.shape)}. Same base?")
         if index[name].dtype.name not in ("float64", "float32", "float16", "bfloat16"):
             raise StorageError(f"{index[name]} has dtype {index[name].dtype.name}; expected floating point.")
@@ -276,10 +344,36 @@ def _check_tensors(index: Mapping[str, TensorInfo], tensors: list[AdapterTensor]
         )
 
 
+def _shared_shape(tensor: AdapterTensor) -> tuple[int, ...]:
+    """That of PEFT's own adapter of a fused tensor, whose parts share lora_A."""
+    by = len(tensor.rules)
+    outs, ins = tensor.shape[0], tensor.shape[-1]
+    return {"lora_a": (outs // by, ins), "lora_b": (outs, ins // by)}.get(tensor.kind, tensor.shape)
+
+
 def _from_peft(
-    values: np.ndarray, tensor: AdapterTensor, rules: Mapping[str, TensorRule], config: TransformerConfig
-) -> np.ndarray:
-    values = values.astype(np.float32) if values.dtype.itemsize < 4 else np.asarray(values)
-    if tensor.path in rules:
-        return rules[tensor.path].from_hf(values, config)
-    return values.T if values.ndim == 2 else values
+    values: np.ndarray,
+    tensor: AdapterTensor,
+    shapes: Mapping[str, tuple[int, ...]],
+    rank: int,
+    config: TransformerConfig,
+    info: TensorInfo,
+) -> list[np.ndarray]:
+    """The values of each rule's parameter."""
+    if tensor.kind == "whole":
+        return [rule.from_hf(values, config) for rule in tensor.rules]
+    if tensor.kind == "lora_a":  # of a fused tensor: all parts read the same, unless it is an export of ours
+        return [part.T for part in _cut(values, [rank] * len(tensor.rules))]
+    num_other = 1 if tensor.kind == "magnitude" else 2  # layers, and ranks
+    sizes = [math.prod(shapes[tensor.path(rule)][num_other:]) for rule in tensor.rules]
+    rows = np.split(values, np.cumsum(sizes)[:-1])
+    if tensor.kind == "magnitude" or values.shape[1] == rank:
+        return [part.T for part in rows]
+    blocks = [part[:, i * rank : (i + 1) * rank] for i, part in enumerate(rows)]
+    if not np.array_equal(_on_diagonal(blocks), values):
+        raise StorageError(f"{info} mixes the ranks of fused parts, for which we have no form. Merge it by PEFT.")
+    return [block.T for block in blocks]
+
+
+def _cut(values: np.ndarray, sizes: list[int]) -> list[np.ndarray]:
+    return np.split(values, np.cumsum(sizes)[:-1]) if len(values) == sum(sizes) else [values for _ in sizes]
