@@ -90,7 +90,6 @@ def _make_part(task: Task, source: SourceConfig, data: DataConfig, renderer: Ren
             if (chunk.num_taken is not None and number >= chunk.num_taken) or not is_on_side(row, source):
                 account.rows_not_taken += 1
                 continue
-            renderer.counts.clear()
             kept: Counter[str] = Counter()
             try:
                 fit = _tokenize_row(row, chunk.format, source, data, renderer, kept)
@@ -101,7 +100,7 @@ def _make_part(task: Task, source: SourceConfig, data: DataConfig, renderer: Ren
                 reasons.setdefault(error.reason, LostRows()).add(error)
                 continue
             ignored = ignored_fields(row, chunk.format, source.fields)
-            account.add_trained(fit, renderer.counts, kept, ignored)
+            account.add_trained(fit, kept, ignored)
             examples.append(fit.examples, chunk.file)
     renderer.refuse_clock()
     write_part(task.path, Part(task.span, task.files, account, examples.arrays()))

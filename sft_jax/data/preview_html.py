@@ -116,8 +116,7 @@ def _source_notes(source: dict[str, Any]) -> Iterator[tuple[str, int, list[str]]
         if source[name]:
             yield name.replace("_", " "), source[name], ["by config.data.too_long"]
     for name, count in source["rendering"].items():
-        if name != "turns":
-            yield name.replace("_", " "), count, ["counted by the renderer"]
+        yield name.replace("_", " "), count, ["counted by the renderer"]
     for name, count in source["ignored_fields"].items():
         yield f"field {name}", count, ["rows have it; it is not read"]
 

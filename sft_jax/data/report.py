@@ -55,6 +55,8 @@ class Account:
     rows_not_taken: int = 0
     bad: dict[str, LostRows] = field(default_factory=dict)
     dropped: dict[str, LostRows] = field(default_factory=dict)
+    turns: int = 0
+    """Supervised turns in the examples, each through its stop token: `turns_lost` are not among them."""
     examples: int = 0
     lengths: dict[int, int] = field(default_factory=dict)
     """Power of two -> the number of examples of that many tokens or fewer, and more than half as many."""
@@ -69,22 +71,23 @@ class Account:
     tokens_lost: int = 0
     supervised_tokens_lost: int = 0
     rendering: dict[str, int] = field(default_factory=dict)
-    """What the renderer counted in the trained rows, by its names: see `Renderer.counts`."""
+    """What the renderer counted in the trained rows, before any was shortened: see `RenderedRow`."""
     kept: dict[str, int] = field(default_factory=dict)
     """Turns that a policy `keep` let pass, by reason."""
     ignored_fields: dict[str, int] = field(default_factory=dict)
     """Fields of rows that are not read, with the number of rows that have them."""
 
-    def add_trained(self, fit: FitResult, rendering: Counter[str], kept: Counter[str], ignored: Iterable[str]) -> None:
-        """Count a row; `rendering`: what the renderer counted, `kept`: turns let pass, `ignored`: fields not read."""
+    def add_trained(self, fit: FitResult, kept: Counter[str], ignored: Iterable[str]) -> None:
+        """Count a row; `kept`: turns let pass, `ignored`: fields not read."""
         self.rows_trained += 1
+        self.turns += fit.turns
         self.examples += len(fit.examples)
         for example in fit.examples:
             length = len(example)
             self.tokens += length
             self.supervised_tokens += int(np.count_nonzero(example.loss_weights))
             _add_counts(self.lengths, {1 << (length - 1).bit_length(): 1})
-        _add_counts(self.rendering, {name: rendering[name] for name in sorted(rendering) if rendering[name]})
+        _add_counts(self.rendering, {name: fit.counts[name] for name in sorted(fit.counts) if fit.counts[name]})
         _add_counts(self.kept, kept)
         _add_counts(self.ignored_fields, dict.fromkeys(sorted(ignored), 1))
         if fit.is_changed:
@@ -123,11 +126,6 @@ class Account:
     @property
     def rows_dropped(self) -> int:
         return sum(lost.count for lost in self.dropped.values())
-
-    @property
-    def turns(self) -> int:
-        """Supervised turns of the trained rows, as the renderer counted them."""
-        return self.rendering.get("turns", 0)
 
 
 def check_account(account: Account, path: str, max_bad_fraction: float) -> None:
@@ -175,7 +173,6 @@ def account_to_json(account: Account) -> dict[str, Any]:
     return vars(account) | {
         "rows_bad": account.rows_bad,
         "rows_dropped": account.rows_dropped,
-        "turns": account.turns,
         "lengths": {str(length): account.lengths[length] for length in sorted(account.lengths)},
         "bad": lost_rows(account.bad),
         "dropped": lost_rows(account.dropped),

@@ -51,8 +51,7 @@ def _source_lines(source: dict[str, Any]) -> Iterator[Line]:
         if source[name]:
             yield name.replace("_", " "), f"{source[name]:,}", "by config.data.too_long"
     for name, count in source["rendering"].items():
-        if name != "turns":
-            yield f"rendering: {name.replace('_', ' ')}", f"{count:,}", ""
+        yield f"rendering: {name.replace('_', ' ')}", f"{count:,}", ""
     for reason, count in source["kept"].items():
         yield f"kept: {reason}", f"{count:,}", "turns, by config.data.policies"
     for name, count in source["ignored_fields"].items():

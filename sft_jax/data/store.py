@@ -37,7 +37,7 @@ from sft_jax.data.report import Account
 from sft_jax.data.sources import hash_file
 from sft_jax.datatypes import DataError, Origin, StorageError, TokenizedExample, shift
 
-STORE_VERSION = 5
+STORE_VERSION = 6
 """Raised whenever the same rows and options give other examples or another layout."""
 CHECKED_BYTES = 256 << 20
 """Arrays up to this size are held against their checksums whenever they are opened: 0.1 seconds at most. A larger one's

@@ -17,6 +17,7 @@ Where a template makes several examples of a row, those that fit stay as they ar
 
 import bisect
 import dataclasses
+from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
@@ -24,6 +25,7 @@ from typing import NamedTuple
 import numpy as np
 
 from sft_jax.data.errors import RowError
+from sft_jax.data.example_builder import RenderedExample
 from sft_jax.data.rendering import Renderer
 from sft_jax.datatypes import Conversation, Document, Message, Origin, TokenizedExample
 
@@ -56,6 +58,10 @@ class FitResult(NamedTuple):
     lost: Lost
     is_changed: bool
     """Whether a policy made them: they are not the rendering as it stands, even if nothing was lost."""
+    turns: int
+    """Supervised turns in the examples, each through its stop token."""
+    counts: Counter[str]
+    """Of the untouched rendering; see `RenderedRow`."""
 
 
 class OverLongError(RowError):
@@ -75,7 +81,7 @@ def fit_examples(
     supervise: str = "all",
     averaging: str = "token",
 ) -> FitResult:
-    """Render a row into examples that fit. `renderer.counts` grows by the counts of the untouched rendering alone.
+    """Render a row into examples that fit.
 
     Args:
       policy: `config.data.too_long`; the module's text has them.
@@ -84,11 +90,10 @@ def fit_examples(
       averaging: `config.data.averaging`; with `example`, an example that is cut keeps the sum of its weights.
 
     Raises:
-      OverLongError: `too_long`, nothing of the row fits; `nothing_supervised`, nothing supervised is left by
-        `truncate`.
+      OverLongError: `too_long`, nothing of the row fits; `nothing_supervised`, no answer's token is left by `truncate`.
       RowError: whatever the renderer finds; `nothing_supervised`, there was none to begin with.
     """
-    rendered = renderer.render_with_turns(row)
+    rendered, counts = renderer.render_row(row)
     examples = [one.example for one in rendered]
     longest = 0
     for example in examples:
@@ -99,10 +104,10 @@ def fit_examples(
     if not longest:
         # So every example has a supervised token, hence every row that is not padding, hence every batch.
         raise RowError("nothing_supervised", row.origin, "has no token to train on. Remove the row.")
+    num_turns = sum(len(one.turns) for one in rendered)
     if longest <= max_seq_len:
-        return FitResult(examples, _NOTHING_LOST, is_changed=False)
+        return FitResult(examples, _NOTHING_LOST, False, num_turns, counts)
 
-    stop_ids = renderer.stop_ids if isinstance(row, Conversation) else ()  # a document has no turns
     fitted, lost = [], Lost()
     if isinstance(row, Conversation) and policy in ("drop_early_turns", "split_turns"):
         parts = _parts_of(_pin_weights(row, supervise), [one.turns for one in rendered], renderer)
@@ -113,22 +118,21 @@ def fit_examples(
             fitted += kept
             lost += gone
     elif policy in ("split_turns", "truncate"):
-        for example in examples:
+        for one in rendered:
+            example = one.example
             starts = range(0, len(example), max_seq_len) if policy == "split_turns" else [0]
             pieces = [_cut(example, start, start + max_seq_len, averaging) for start in starts]
-            kept = [piece for piece in pieces if piece.loss_weights.any()]
+            kept = [piece for piece in pieces if _has_answer(piece, one.answers)]
             fitted += kept
-            lost += _lost_of(example, sum(map(len, kept)), stop_ids)
+            lost += _lost_of(one, sum(map(len, kept)))
     if not fitted:
-        raise _refuse(row.origin, examples, max_seq_len, policy, stop_ids)
-    return FitResult(fitted, lost, is_changed=True)
+        raise _refuse(row.origin, rendered, max_seq_len, policy)
+    return FitResult(fitted, lost, True, num_turns - lost.turns, counts)
 
 
-def _refuse(
-    origin: Origin, examples: Sequence[TokenizedExample], max_seq_len: int, policy: str, stop_ids: Sequence[int]
-) -> OverLongError:
-    lost = sum((_lost_of(example, 0, stop_ids) for example in examples), Lost())
-    what = f"is {max(map(len, examples)):,} tokens long; config.data.max_seq_len is {max_seq_len:,}"
+def _refuse(origin: Origin, rendered: Sequence[RenderedExample], max_seq_len: int, policy: str) -> OverLongError:
+    lost = sum((_lost_of(one, 0) for one in rendered), Lost())
+    what = f"is {max(len(one.example) for one in rendered):,} tokens long; config.data.max_seq_len is {max_seq_len:,}"
     if policy == "error":
         remedy = "Raise it, shorten the row, or set config.data.too_long = 'drop'."
         return OverLongError("too_long", origin, f"{what}. {remedy}", lost)
@@ -154,11 +158,18 @@ def _cut(example: TokenizedExample, start: int, stop: int, averaging: str) -> To
     return TokenizedExample(example.inputs[span], example.targets[span], weights, example.origin)
 
 
-def _lost_of(example: TokenizedExample, kept: int, stop_ids: Sequence[int]) -> Lost:
-    """What stands behind the first `kept` positions. A turn ends with a supervised stop token."""
-    is_supervised = example.loss_weights[kept:] != 0
-    num_turns = int(np.count_nonzero(np.isin(example.targets[kept:], stop_ids) & is_supervised))
-    return Lost(num_turns, len(example) - kept, int(np.count_nonzero(is_supervised)))
+def _has_answer(piece: TokenizedExample, answers: Sequence[tuple[int, int]]) -> bool:
+    """Whether something is trained on in the beginning of an example: of a conversation, in its answers. A weight of
+    prompts alone makes no example."""
+    spans = answers or ((0, len(piece)),)
+    return any(piece.loss_weights[start:stop].any() for start, stop in spans)
+
+
+def _lost_of(rendered: RenderedExample, kept: int) -> Lost:
+    """What stands behind the first `kept` positions: of turns, those whose stop token does."""
+    example = rendered.example
+    num_turns = sum(stop > kept for _, stop in rendered.answers)
+    return Lost(num_turns, len(example) - kept, int(np.count_nonzero(example.loss_weights[kept:])))
 
 
 # --- Leaving off exchanges --------------------------------------------------------------------------------------------
@@ -190,19 +201,11 @@ class _Part:
         if not any(map(_num_supervised, exchanges)):
             return []
         messages = (*self.head, *(message for exchange in exchanges for message in exchange))
-        return _render_uncounted(dataclasses.replace(self.conversation, messages=messages), self.renderer)
+        return self.renderer.render(dataclasses.replace(self.conversation, messages=messages))
 
 
 def _num_supervised(messages: Sequence[Message]) -> int:
     return sum(message.role == "assistant" and message.loss_weight != 0 for message in messages)
-
-
-def _render_uncounted(conversation: Conversation, renderer: Renderer) -> list[TokenizedExample]:
-    counts = renderer.counts.copy()
-    try:
-        return renderer.render(conversation)
-    finally:
-        renderer.counts = counts
 
 
 def _pin_weights(conversation: Conversation, supervise: str) -> Conversation:
@@ -254,8 +257,9 @@ def _fit_part(
         rest = part.render([exchange for i, exchange in enumerate(part.exchanges) if i in kept])
     turns = sum(_num_supervised(exchange) for i, exchange in enumerate(part.exchanges) if i not in kept)
     tokens = len(example) - sum(map(len, rest))
-    supervised_tokens = sum(int(np.count_nonzero(one.loss_weights)) for one in rest)
-    return fitted, Lost(turns, max(0, tokens), int(np.count_nonzero(example.loss_weights)) - supervised_tokens)
+    supervised_tokens = np.count_nonzero(example.loss_weights) - sum(np.count_nonzero(one.loss_weights) for one in rest)
+    # Not below 0: a prompt may be weighted where it opens an example, and not behind a history that is left off.
+    return fitted, Lost(turns, max(0, tokens), max(0, int(supervised_tokens)))
 
 
 _Fits = Callable[[int, int], bool]

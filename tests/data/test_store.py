@@ -13,7 +13,8 @@ from sft_jax.config_schema import DataConfig, SourceConfig
 from sft_jax.data import part_sharing, preparation
 from sft_jax.data import store as store_module
 from sft_jax.data.conversations import parse_row
-from sft_jax.data.rendering import RenderedExample, open_renderer
+from sft_jax.data.example_builder import RenderedExample
+from sft_jax.data.rendering import open_renderer
 from sft_jax.data.report import account_to_json, check_account
 from sft_jax.data.sources import read_rows, resolve_files
 from sft_jax.data.store import open_store
@@ -136,10 +137,11 @@ def test_max_seq_len_bounds_the_inputs(tmp_path):
 
 def test_a_row_with_no_supervised_token_is_bad(tmp_path):
     class Unsupervised(WordRenderer):
-        def render_with_turns(self, row):
-            ((example, turns),) = super().render_with_turns(row)
+        def render_row(self, row):
+            rendered = super().render_row(row)
+            ((example, *turns),) = rendered.examples
             unsupervised = dataclasses.replace(example, loss_weights=example.loss_weights * 0)
-            return [RenderedExample(unsupervised, turns)]
+            return rendered._replace(examples=[RenderedExample(unsupervised, *turns)])
 
     account = prepare(tmp_path, write(tmp_path, GOOD), Unsupervised()).account
     assert lines_of(account.bad["nothing_supervised"]) == [1]
