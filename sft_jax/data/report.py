@@ -17,6 +17,7 @@ from typing import Any
 import numpy as np
 
 from sft_jax.data.errors import RowError
+from sft_jax.data.source_files import NotRead
 from sft_jax.data.too_long import FitResult, Lost
 from sft_jax.datatypes import DataError, Origin
 
@@ -177,6 +178,17 @@ def account_to_json(account: Account) -> dict[str, Any]:
         "bad": lost_rows(account.bad),
         "dropped": lost_rows(account.dropped),
     }
+
+
+def list_not_read(not_read: Iterable[NotRead]) -> dict[str, Any]:
+    """What lies beside the files of a source as it stands in data_report.json: by reason, the count and the first."""
+    listed: dict[str, Any] = {}
+    for path, reason in not_read:
+        entry = listed.setdefault(reason, {"count": 0, "first": []})
+        entry["count"] += 1
+        if entry["count"] <= NUM_SHOWN:
+            entry["first"].append(path)
+    return listed
 
 
 def _add_counts(total: dict[Any, int], counts: Mapping[Any, int]) -> None:

@@ -156,6 +156,7 @@ def test_the_table_has_the_whole_account(tmp_path):
     first_five = ", ".join(f"{path}:{line}" for line in range(3, 8))
     for line in (
         ["mixed[1]", "", ""],
+        ["files read", "1", ""],
         ["rows read", "9", "= 2 trained + 6 bad + 1 dropped + 0 not taken"],
         ["bad: malformed_json", "6", first_five],
         ["dropped: too_long", "1", f"{path}:2"],
@@ -163,6 +164,7 @@ def test_the_table_has_the_whole_account(tmp_path):
         ["rendering: unknown tokens", "1", ""],
         ["field id[2] is not read", "2", "rows have it"],
         ["examples of 5-8 tokens", "2", "█" * 24],
+        ["in an epoch", "2", ""],
         ["packed rows an epoch", "1", "of 16 tokens, 68.8% full"],
         ["steps an epoch", "0.5", "of 2 packed rows"],
         ["steps", "2", "3.00 epochs"],
