@@ -69,7 +69,7 @@ def open_dataset(
         held-out example is trained on.
     """
     if not sources:
-        raise DataError("config.data: names no source to read. Add one: [dict(path='chats.jsonl')].")
+        raise DataError("config.data.train: names no source to read. Add one: [dict(path='chats.jsonl')].")
     factory = renderer_factory or functools.partial(open_renderer, config.data, config.model.path)
     find_all = functools.partial(_find_files, config=config)
     open_all = functools.partial(_open_stores, config=config, renderer=renderer, renderer_factory=factory)
@@ -113,9 +113,9 @@ def _open_stores(
         for source, of_source in zip(sources, found, strict=True)
     ]
     errors = []
-    for store in stores:
+    for source, store in zip(sources, stores, strict=True):
         try:
-            check_account(store.account, store.path, config.data.max_bad_fraction)
+            check_account(store.account, store.path, config.data.max_bad_fraction, _field_of(source, config))
         except DataError as error:
             errors.append(str(error))
     if errors:

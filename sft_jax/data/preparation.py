@@ -43,7 +43,8 @@ class Recipe:
         renderer = self.open_renderer()
         if renderer.fingerprint() != self.renderer_fingerprint:
             raise DataError(
-                "config.data: tokenizer or chat template changed while the data were prepared. Start again."
+                "config.data.tokenizer or chat_template: changed while the data were prepared. Leave their files as "
+                "they are, and start again."
             )
         return renderer
 

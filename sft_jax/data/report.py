@@ -129,8 +129,11 @@ class Account:
         return sum(lost.count for lost in self.dropped.values())
 
 
-def check_account(account: Account, path: str, max_bad_fraction: float) -> None:
+def check_account(account: Account, path: str, max_bad_fraction: float, field: str) -> None:
     """Refuse a source with too many bad rows, or with nothing left to train on.
+
+    Args:
+      field: the config field of the source, such as `config.data.train[0]`.
 
     Raises:
       DataError: with each reason, its count, the first row of it and the places of the next ones.
@@ -139,20 +142,23 @@ def check_account(account: Account, path: str, max_bad_fraction: float) -> None:
     reasons = "\n".join(_explain(account.bad) + _explain(account.dropped))
     rows_taken = account.rows_read - account.rows_not_taken
     if not account.rows_read:
-        raise DataError(f"{path}: has no rows. Name a file with at least one, or remove the source.")
+        raise DataError(f"{field}.path: {path} has no rows. Name a file with at least one, or remove the source.")
     if not rows_taken:
         raise DataError(
-            f"{path}: none of its {account.rows_read:,} rows is taken. Take more by the source's split or max_rows, or "
-            "remove the source."
+            f"{field}: none of the {account.rows_read:,} rows of {path} is taken. Take more by its split, "
+            "held_out_fraction or max_rows, or remove the source."
         )
     if account.rows_bad / rows_taken > max_bad_fraction:
         raise DataError(
-            f"{path}: {account.rows_bad:,} of {rows_taken:,} rows are bad; config.data.max_bad_fraction allows "
-            f"{max_bad_fraction:.4g} of them.\n{reasons}\n"
+            f"{field}.path: {account.rows_bad:,} of {rows_taken:,} rows of {path} are bad; "
+            f"config.data.max_bad_fraction allows {max_bad_fraction:.4g} of them.\n{reasons}\n"
             "Mend the rows, or raise config.data.max_bad_fraction to have them dropped and counted."
         )
     if not account.rows_trained:
-        raise DataError(f"{path}: none of its {rows_taken:,} rows can be trained on.\n{reasons}")
+        raise DataError(
+            f"{field}.path: none of the {rows_taken:,} rows of {path} can be trained on.\n{reasons}\n"
+            "Mend the rows, or remove the source."
+        )
 
 
 def account_to_json(account: Account) -> dict[str, Any]:

@@ -49,7 +49,8 @@ def parse_sentencepiece(content: bytes, origin: str) -> Any:
     if not proto.pieces:
         raise DataError(f"{origin}: is a sentencepiece model without pieces. Fetch it again.")
     if proto.trainer_spec.treat_whitespace_as_suffix:
-        raise DataError(f"{origin}: marks words by a suffix (treat_whitespace_as_suffix), which is not supported.")
+        what = "marks words by a suffix (treat_whitespace_as_suffix), which is not supported"
+        raise DataError(f"{origin}: {what}. Use the same model's tokenizer.json, if it has one.")
     return proto
 
 

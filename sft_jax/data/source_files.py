@@ -224,7 +224,8 @@ class _Remote:
         try:
             self._filesystem, _ = open_filesystem(url)
         except ImportError as error:
-            raise DataError(f"{field}: {url!r} needs a package that is not installed: {error}.") from error
+            what = f"{url!r} needs a package that is not installed: {error}"
+            raise DataError(f"{field}: {what}. Install it, or copy the files to a folder here.") from error
         except ValueError as error:
             raise DataError(f"{field}: {url!r} cannot be opened: {error}. Check the URL.") from error
 

@@ -13,6 +13,7 @@ is there whole or not at all. It is never changed: other input has another name.
 """
 
 import contextlib
+import errno
 import hashlib
 import json
 import os
@@ -43,6 +44,12 @@ CHECKED_BYTES = 256 << 20
 """Arrays up to this size are held against their checksums whenever they are opened: 0.1 seconds at most. A larger one's
 size is checked."""
 _META_FILE = "meta.json"
+_MENDING = {
+    **dict.fromkeys((errno.ENOSPC, errno.EDQUOT), "Free space there"),
+    **dict.fromkeys((errno.EACCES, errno.EPERM), "Give yourself the permission to write there"),
+    errno.EROFS: "Mount it so that it can be written",
+    **dict.fromkeys((errno.EEXIST, errno.ENOTDIR), "Remove the file that is in the way"),
+}
 _ARRAYS = {name: dtype for name, dtype in ARRAYS.items() if name != "sizes"} | {"offsets": np.dtype(np.int64)}
 
 
@@ -132,10 +139,10 @@ def open_store(
         try:
             _make_store(folder, files, contents, fields, recipe, renderer)
         except OSError as error:  # of writing: the source's are DataErrors
-            raise StorageError(
-                f"config.data.store_dir: {store_dir} cannot be written: {error.strerror}. Free space there, or name "
-                "another folder."
-            ) from error
+            why = error.strerror or str(error) or type(error).__name__
+            first = _MENDING.get(error.errno or 0, "Look at what is there")
+            what = f"config.data.store_dir: {store_dir} cannot be written: {why}"
+            raise StorageError(f"{what}. {first}, or name another folder.") from error
     return TokenStore(folder, source.path, files)
 
 

@@ -2,6 +2,7 @@
 
 import io
 import json
+import re
 from collections import Counter
 from copy import deepcopy
 
@@ -20,6 +21,7 @@ from sft_jax.data.report_table import length_range, report_table
 from sft_jax.data.too_long import FitResult, Lost
 from sft_jax.datatypes import DataError, Origin, TokenizedExample
 
+FIELD = "config.data.train[1]"
 KINDS = ("trained", "bad", "dropped", "not taken")
 
 
@@ -111,7 +113,7 @@ def account_to_json_lengths(account):
 
 
 @pytest.mark.parametrize(
-    "use", [Account.check_balance, account_to_json, lambda account: check_account(account, "a", 1.0)]
+    "use", [Account.check_balance, account_to_json, lambda account: check_account(account, "a", 1.0, FIELD)]
 )
 def test_a_row_without_a_place_is_noticed_by_whoever_uses_the_account(use):
     account = count_rows([("a", 1, kind, 1) for kind in KINDS])
@@ -123,11 +125,15 @@ def test_a_row_without_a_place_is_noticed_by_whoever_uses_the_account(use):
 
 def test_rows_that_are_not_taken_are_in_no_fraction():
     rows = [("a", 1, "bad", 0), ("a", 2, "trained", 1), *[("a", line, "not taken", 0) for line in range(3, 99)]]
-    check_account(count_rows(rows), "a", 0.5)
-    with pytest.raises(DataError, match=r"^a: 1 of 2 rows are bad; config\.data\.max_bad_fraction allows 0\.4 of them"):
-        check_account(count_rows(rows), "a", 0.4)
-    with pytest.raises(DataError, match=r"^a: none of its 96 rows is taken\. Take more by the source's split"):
-        check_account(count_rows(rows[2:]), "a", 1.0)
+    check_account(count_rows(rows), "a", 0.5, FIELD)
+    with pytest.raises(
+        DataError, match=rf"^{re.escape(FIELD)}\.path: 1 of 2 rows of a are bad; .* allows 0\.4 of them"
+    ):
+        check_account(count_rows(rows), "a", 0.4, FIELD)
+    with pytest.raises(
+        DataError, match=rf"^{re.escape(FIELD)}: none of the 96 rows of a is taken\. Take more by its split"
+    ):
+        check_account(count_rows(rows[2:]), "a", 1.0, FIELD)
 
 
 def test_rows_are_named_by_file_and_line_in_json():

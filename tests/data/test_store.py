@@ -1,6 +1,7 @@
 """A store holds what the renderer gave, accounts for every row, and can be neither stale nor half written."""
 
 import dataclasses
+import errno
 import functools
 import json
 import os
@@ -238,7 +239,25 @@ def test_a_large_array_is_held_against_its_size_alone(tmp_path, monkeypatch):
 
 def test_a_store_folder_that_cannot_be_written(tmp_path):
     (tmp_path / "stores").write_text("a file")
-    with pytest.raises(StorageError, match=r"config\.data\.store_dir: .*stores cannot be written"):
+    with pytest.raises(StorageError, match=r"config\.data\.store_dir: .*stores cannot be written: .* Remove the file"):
+        prepare(tmp_path, write(tmp_path, GOOD))
+
+
+@pytest.mark.parametrize(
+    ("number", "advice"),
+    [
+        (errno.ENOSPC, "No space left on device. Free space there"),
+        (errno.EACCES, "Permission denied. Give yourself the permission to write there"),
+        (errno.EROFS, "Read-only file system. Mount it so that it can be written"),
+        (errno.EIO, "Input/output error. Look at what is there"),
+    ],
+)
+def test_why_a_store_cannot_be_written_decides_what_to_do(tmp_path, monkeypatch, number, advice):
+    def fail(*args):
+        raise OSError(number, os.strerror(number))
+
+    monkeypatch.setattr(store_module, "make_parts", fail)
+    with pytest.raises(StorageError, match=rf"cannot be written: {advice}, or name another folder\.$"):
         prepare(tmp_path, write(tmp_path, GOOD))
 
 
@@ -325,15 +344,17 @@ def test_a_row_is_always_on_the_same_side(tmp_path):
 
 # --- The account's limit ----------------------------------------------------------------------------------------------
 
+FIELD = "config.data.train[1]"
+
 
 def test_bad_rows_over_the_limit_stop_with_reasons_lines_and_remedies(tmp_path):
     path = write(tmp_path, GOOD, "broken", GOOD.replace('"3"', "3"), "{", "[]", GOOD, GOOD, GOOD, GOOD, GOOD)
     account = prepare(tmp_path, path).account
-    check_account(account, str(path), 0.4)
+    check_account(account, str(path), 0.4, FIELD)
     with pytest.raises(DataError) as raised:
-        check_account(account, str(path), 0.39)
+        check_account(account, str(path), 0.39, FIELD)
     assert str(raised.value) == (
-        f"{path}: 4 of 10 rows are bad; config.data.max_bad_fraction allows 0.39 of them.\n"
+        f"{FIELD}.path: 4 of 10 rows of {path} are bad; config.data.max_bad_fraction allows 0.39 of them.\n"
         f"       2 malformed_json: {path}:2: JSON is malformed: invalid character (byte 0). Fix or remove the line.\n"
         f"         also {path}:4\n"
         f"       1 content_not_text: {path}:3: completion is a number; expected a string. Fix the row.\n"
@@ -345,16 +366,18 @@ def test_bad_rows_over_the_limit_stop_with_reasons_lines_and_remedies(tmp_path):
 
 def test_rows_dropped_by_choice_are_not_bad(tmp_path):
     path = write(tmp_path, GOOD, GOOD.replace("1 2", "1 " * 20))
-    check_account(prepare(tmp_path, path, too_long="drop").account, str(path), 0.0)
+    check_account(prepare(tmp_path, path, too_long="drop").account, str(path), 0.0, FIELD)
 
 
 def test_a_source_with_nothing_to_train_on_is_refused(tmp_path):
     path = write(tmp_path, GOOD.replace("1 2", "1 " * 20))
-    with pytest.raises(DataError, match=r"none of its 1 rows can be trained on\.\n +1 too_long: .*rows\.jsonl:1: is"):
-        check_account(prepare(tmp_path, path, too_long="drop").account, str(path), 1.0)
+    with pytest.raises(
+        DataError, match=r"none of the 1 rows of .* can be trained on\.\n +1 too_long: .*rows\.jsonl:1: "
+    ):
+        check_account(prepare(tmp_path, path, too_long="drop").account, str(path), 1.0, FIELD)
     empty = write(tmp_path, "", name="empty.jsonl")
-    with pytest.raises(DataError, match="has no rows"):
-        check_account(prepare(tmp_path, empty).account, str(empty), 1.0)
+    with pytest.raises(DataError, match=r"^config\.data\.train\[1\]\.path: .*empty\.jsonl has no rows"):
+        check_account(prepare(tmp_path, empty).account, str(empty), 1.0, FIELD)
 
 
 def test_the_report_names_file_and_line(tmp_path):
