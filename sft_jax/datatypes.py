@@ -108,7 +108,7 @@ class Conversation:
 
 @dataclass(frozen=True, slots=True)
 class Document:
-    """Plain text: every token is trained on."""
+    """Plain text: trained on as a whole, but for the first token (BOS, where there is one), which nothing predicts."""
 
     text: str
     origin: Origin

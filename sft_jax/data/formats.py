@@ -4,7 +4,7 @@
     sharegpt           {"conversations": [{"from": "human", "value": "Hi"}, {"from": "gpt", "value": "Hello."}]}
     alpaca             {"instruction": "Add.", "input": "1 and 2", "output": "3", "history": [["Hi", "Hello."]]}
     prompt_completion  {"prompt": "Hi", "completion": "Hello."}       or messages, in either names, for each of them
-    text               {"text": "Once upon a time"}                   a document: every token is trained on
+    text               {"text": "Once upon a time"}                   a document: trained as a whole
 
 The first four may have `tools` (or `functions`) and `system`, which becomes the first message. Alpaca's user turn is
 instruction + "\\n" + input, or the one of them that is not empty; the answers of its history are trained on. The
