@@ -152,6 +152,7 @@ class _Examples:
     sizes: list[int] = field(default_factory=list)
     files: list[int] = field(default_factory=list)
     lines: list[int] = field(default_factory=list)
+    elements: list[int] = field(default_factory=list)
 
     def append(self, examples: Sequence[TokenizedExample], file: int) -> None:
         for example in examples:
@@ -160,6 +161,7 @@ class _Examples:
             self.sizes.append(len(example.inputs) + 1)
             self.files.append(file)
             self.lines.append(example.origin.line)
+            self.elements.append(example.origin.element)
 
     def arrays(self) -> dict[str, Any]:
         ids, sizes = np.concatenate([np.empty(0, np.int32), *self.ids]), np.array(self.sizes, np.int64)
@@ -169,5 +171,6 @@ class _Examples:
             "sizes": sizes,
             "files": np.array(self.files, np.int32),
             "lines": np.array(self.lines, np.int64),
+            "elements": np.array(self.elements, np.int32),
             "hashes": hash_examples(ids, sizes),
         }

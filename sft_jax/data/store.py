@@ -4,7 +4,8 @@
                               loss_weights.float32  of each id as a target; 0 for the first of an example
                               offsets.int64         example i is [offsets[i], offsets[i + 1])
                               files.int32           the file that example i came from, among the source's files
-                              lines.int64           and its line
+                              lines.int64           and its line,
+                              elements.int32        and its element, where the file is one JSON array
                               hashes.uint64         of each example's ids
                               meta.json             what the fingerprint was made of, the account of rows, checksums
 
@@ -73,7 +74,8 @@ class TokenStore:
         self.account = _relocate(meta.account, {str(i): file for i, file in enumerate(files)})
         self._checksums = meta.checksums
         self._ids, self._loss_weights, self._offsets = map(self._map, ("ids", "loss_weights", "offsets"))
-        self._files, self._lines, self.hashes = map(self._map, ("files", "lines", "hashes"))
+        self._files, self._lines, self._elements = map(self._map, ("files", "lines", "elements"))
+        self.hashes = self._map("hashes")
 
     def _map(self, name: str) -> np.ndarray:
         dtype = _ARRAYS[name]
@@ -110,7 +112,7 @@ class TokenStore:
         return [shift(ids[begin:end], weights[begin:end]) for begin, end in zip(begins, ends, strict=True)]
 
     def origin(self, index: int) -> Origin:
-        return Origin(self.files[self._files[index]], int(self._lines[index]))
+        return Origin(self.files[self._files[index]], int(self._lines[index]), int(self._elements[index]))
 
 
 def open_store(
@@ -236,7 +238,7 @@ def _file_name(name: str, dtype: np.dtype) -> str:
 def _relocate(account: Account, paths: Mapping[str, str]) -> Account:
     """The account with the files of its origins renamed. In a store they are numbers: files may move."""
     for lost in (*account.bad.values(), *account.dropped.values()):
-        lost.origins = [Origin(paths[origin.path], origin.line) for origin in lost.origins]
+        lost.origins = [origin._replace(path=paths[origin.path]) for origin in lost.origins]
     return account
 
 

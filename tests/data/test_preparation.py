@@ -92,7 +92,7 @@ def die():
 @pytest.mark.parametrize(
     ("factory", "error", "message"),
     [
-        (functools.partial(WordRenderer, version="other"), DataError, "tokenizer or chat template changed while"),
+        (functools.partial(WordRenderer, version="other"), DataError, "tokenizer or chat_template: changed while"),
         (fail_to_open, RuntimeError, "KeyError: 'by mistake'"),
         (die, DataError, r"config\.data\.prepare_processes: a process that prepares data ended with status -9"),
     ],

@@ -80,7 +80,7 @@ def test_the_arrays_on_disk_are_those_of_the_module_docstring(tmp_path):
     words = np.random.Philox(key=0).random_raw(8).tolist()
     first = sum((token_id + 1) * word for token_id, word in zip([1, 5, 11, 12, 6, 13, 2], words, strict=False))
     assert np.fromfile(folder / "hashes.uint64", "<u8")[0] == first % 2**64
-    arrays = ["files.int32", "hashes.uint64", "ids.int32", "lines.int64", "loss_weights.float32"]
+    arrays = ["elements.int32", "files.int32", "hashes.uint64", "ids.int32", "lines.int64", "loss_weights.float32"]
     assert sorted(file.name for file in folder.iterdir()) == [*arrays, "meta.json", "offsets.int64"]
 
 
@@ -378,6 +378,16 @@ def test_a_source_with_nothing_to_train_on_is_refused(tmp_path):
     empty = write(tmp_path, "", name="empty.jsonl")
     with pytest.raises(DataError, match=r"^config\.data\.train\[1\]\.path: .*empty\.jsonl has no rows"):
         check_account(prepare(tmp_path, empty).account, str(empty), 1.0, FIELD)
+
+
+def test_rows_of_an_array_on_one_line_are_told_apart(tmp_path):
+    path = tmp_path / "rows.json"
+    path.write_text(f"[{GOOD}, {EXPANDS}, 17, {GOOD}]")
+    store = prepare(tmp_path, path, source=dict(format="auto"))
+    assert [str(store.origin(i)) for i in range(len(store))] == [f"{path}:1#1", f"{path}:1#4"]
+    bad = {reason: str(lost.origins[0]) for reason, lost in store.account.bad.items()}
+    assert bad == {"wrong_format": f"{path}:1#2", "not_an_object": f"{path}:1#3"}
+    assert prepare(tmp_path, path).account == store.account  # read again
 
 
 def test_the_report_names_file_and_line(tmp_path):
