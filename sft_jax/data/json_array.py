@@ -48,10 +48,10 @@ _MAX_SCAN_DEPTH = 1000
 
 @dataclass(frozen=True, slots=True)
 class ElementChunk:
-    """Elements of an array, unread, each with its line; or what is wrong with one. `first` is the first one's number."""
+    """Elements of an array, unread, each with its line; or what is wrong with one."""
 
     path: str
-    first: int
+    first: int  # its number, from 1
     elements: tuple[tuple[int, bytes] | BadRow, ...]
 
     def rows(self) -> Iterator[RawRow | BadRow]:
