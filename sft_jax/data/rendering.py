@@ -36,7 +36,7 @@ from sft_jax.data.example_builder import (
 )
 from sft_jax.data.template_probe import check_reasoning_is_chosen, probe_template
 from sft_jax.data.templates import ChatTemplate, TemplateError, load_template
-from sft_jax.data.tokenizer import Tokenizer, load_tokenizer
+from sft_jax.data.tokenizer import KnownTexts, Tokenizer, load_tokenizer
 from sft_jax.data.turns import Turn, render_turns
 from sft_jax.datatypes import ConfigError, Conversation, Document, Message, Origin, TokenizedExample
 
@@ -89,6 +89,7 @@ class _Row(NamedTuple):
     origin: Origin
     counts: Counter[str]
     disguise: Disguise | None = None
+    known: KnownTexts | None = None  # where several examples tell the row's history
 
 
 class Renderer:
@@ -207,6 +208,8 @@ class Renderer:
             if examples and examples[-1].leads_to(turn.prompt):
                 example = examples[-1]
             else:
+                if len(examples) == 1:
+                    row = row._replace(known={})
                 example = ExampleBuilder()
                 prompt_weight *= not examples  # the first example has had these messages
                 examples.append(example)
@@ -260,7 +263,7 @@ class Renderer:
         # A stop token that the template does not write stands in no later prompt.
         shares = not step.is_last and bool(turn.stop)
         shares = shares and self._split(beyond + turn.completion, disguise) == join_parts(prompt_parts, parts)
-        prompt_ids, ids, shares = self._encode_turn(prompt_parts, parts, shares)
+        prompt_ids, ids, shares = self._encode_turn(prompt_parts, parts, shares, row.known)
         self._check_unknown(prompt_parts, prompt_ids, row)
         self._check_unknown(parts, ids, row)
 
@@ -282,7 +285,7 @@ class Renderer:
         example.end_turn(step.number, turn, num_before, shares)
 
     def _encode_turn(
-        self, prompt: Parts, completion: Parts, shares: bool
+        self, prompt: Parts, completion: Parts, shares: bool, known: KnownTexts | None
     ) -> tuple[list[np.ndarray], list[np.ndarray], bool]:
         """Ids of a prompt, ids of a completion as a continuation of it, and whether a later prompt has the same ids.
 
@@ -294,7 +297,7 @@ class Renderer:
           shares: whether the question arises; if not, the answer is no.
         """
         encode_each = self.tokenizer.encode_each
-        prompt_ids, ids = encode_each(prompt), encode_each(completion, continuation=bool(prompt))
+        prompt_ids, ids = encode_each(prompt, known=known), encode_each(completion, continuation=bool(prompt))
         if shares and prompt and isinstance(completion[0], str):
             if isinstance(prompt[-1], str):
                 joint = encode_each([*prompt[-2:-1], prompt[-1] + completion[0]])[-1]

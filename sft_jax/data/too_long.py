@@ -17,6 +17,7 @@ Where a template makes several examples of a row, those that fit stay as they ar
 
 import bisect
 import dataclasses
+import itertools
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -51,6 +52,8 @@ class Lost:
 
 
 _NOTHING_LOST = Lost()
+_FRAME = 20
+"""Characters that a template writes around a message, about."""
 
 
 class FitResult(NamedTuple):
@@ -242,13 +245,10 @@ def _fit_part(
     example: TokenizedExample, part: _Part, max_seq_len: int, policy: str
 ) -> tuple[list[TokenizedExample], Lost]:
     """The examples that take the place of one that is too long."""
-
-    def fits(start: int, stop: int) -> bool:
-        return all(len(example) <= max_seq_len for example in part.render(part.exchanges[start:stop]))
-
     supervised = [i for i, exchange in enumerate(part.exchanges) if _num_supervised(exchange)]
-    windows = (_last_window if policy == "drop_early_turns" else _windows)(supervised, fits)
-    pieces = [part.render(part.exchanges[start:stop]) for start, stop in windows]
+    window = _Window(part, max_seq_len, len(example))
+    windows = (_last_window if policy == "drop_early_turns" else _windows)(supervised, window)
+    pieces = [window.render(start, stop) for start, stop in windows]
     fitted = [one for piece in pieces for one in piece]
 
     kept = {i for start, stop in windows for i in range(start, stop)}
@@ -262,38 +262,80 @@ def _fit_part(
     return fitted, Lost(turns, max(0, tokens), max(0, int(supervised_tokens)))
 
 
-_Fits = Callable[[int, int], bool]
-"""Whether exchanges [start, stop) fit."""
+class _Window:
+    """Exchanges [start, stop) of a part: their rendering, and guesses at which fit, so that few are rendered."""
+
+    def __init__(self, part: _Part, max_seq_len: int, num_tokens: int):
+        """`num_tokens`: of the part as a whole."""
+        self._part, self._max_seq_len = part, max_seq_len
+        self._rendered: dict[tuple[int, int], list[TokenizedExample]] = {}
+        sizes = [_num_characters(messages) for messages in (part.head, *part.exchanges)]
+        self._ends = [0, *itertools.accumulate(sizes[1:])]
+        self._room = max_seq_len * sum(sizes) / num_tokens - sizes[0]
+
+    def render(self, start: int, stop: int) -> list[TokenizedExample]:
+        key = (start, stop)
+        if key not in self._rendered:
+            self._rendered[key] = self._part.render(self._part.exchanges[start:stop])
+        return self._rendered[key]
+
+    def fits(self, start: int, stop: int) -> bool:
+        return all(len(example) <= self._max_seq_len for example in self.render(start, stop))
+
+    def first_start(self, lowest: int, highest: int, stop: int) -> int:
+        """The least start with which it fits; with `highest` it does."""
+        guess = bisect.bisect_left(self._ends, self._ends[stop] - self._room)
+        return _first_true(lowest, highest, guess, lambda start: self.fits(start, stop))
+
+    def count_stops(self, start: int, stops: Sequence[int]) -> int:
+        """With how many of the ascending stops it fits."""
+        guess = bisect.bisect_right([self._ends[stop] for stop in stops], self._ends[start] + self._room)
+        return _first_true(0, len(stops), guess, lambda k: not self.fits(start, stops[k]))
 
 
-def _last_window(supervised: Sequence[int], fits: _Fits) -> list[tuple[int, int]]:
+def _num_characters(messages: Sequence[Message]) -> int:
+    """About as many as a template writes: reasoning is mostly left out of history."""
+    calls = sum(len(call.arguments_json) for message in messages for call in message.tool_calls)
+    return calls + sum(len(message.content) + _FRAME for message in messages)
+
+
+def _last_window(supervised: Sequence[int], window: _Window) -> list[tuple[int, int]]:
     """The last supervised exchange, with as many before it as fit."""
-    stop = supervised[-1] + 1
-    return [(_open_window(0, supervised[-1], stop, fits), stop)] if fits(supervised[-1], stop) else []
+    last, stop = supervised[-1], supervised[-1] + 1
+    return [(window.first_start(0, last, stop), stop)] if window.fits(last, stop) else []
 
 
-def _windows(supervised: Sequence[int], fits: _Fits) -> list[tuple[int, int]]:
+def _windows(supervised: Sequence[int], window: _Window) -> list[tuple[int, int]]:
     """Windows that hold each supervised exchange which fits, once, and the others that lead up to it if they fit."""
     windows = []
     start, at = 0, 0  # the first exchange that is in no window yet, and the first supervised one
     while at < len(supervised):
         first, stops = supervised[at], [i + 1 for i in supervised[at:]]
-        # Halving finds the border: each exchange more makes a window longer.
-        num_fitting = bisect.bisect_left(stops, True, key=lambda stop: not fits(first, stop))
+        num_fitting = window.count_stops(first, stops)
         if num_fitting:
             stop = stops[num_fitting - 1]
-            windows.append((_open_window(start, first, stop, fits), stop))
+            windows.append((window.first_start(start, first, stop), stop))
         at += max(num_fitting, 1)
         start = supervised[at - 1] + 1
     return windows
 
 
-def _open_window(lowest: int, highest: int, stop: int, fits: _Fits) -> int:
-    """The least start of a window, from `lowest` to `highest`, with which it fits; with `highest` it does.
+def _first_true(lowest: int, highest: int, guess: int, holds: Callable[[int], bool]) -> int:
+    """The least number from `lowest` to `highest` that holds, if all above one that does do, and `highest` does.
 
-    Looked for from `highest` in steps that double, so that no window is rendered that is far too long."""
+    Looked for from the guess in steps that double, and then by halving: near a good guess two numbers are tried."""
     step = 1
-    while highest - step > lowest and fits(highest - step, stop):
-        step *= 2
-    lowest, highest = max(lowest, highest - step), highest - step // 2
-    return lowest + bisect.bisect_left(range(lowest, highest), True, key=lambda start: fits(start, stop))
+    at = min(max(guess, lowest), highest)
+    if at == highest or holds(at):
+        highest = at
+        while highest > lowest and holds(max(highest - step, lowest)):
+            highest = max(highest - step, lowest)
+            step *= 2
+        lowest = max(highest - step + 1, lowest)
+    else:
+        lowest = at + 1
+        while lowest < highest and not holds(min(lowest + step - 1, highest)):
+            lowest = min(lowest + step, highest)
+            step *= 2
+        highest = min(lowest + step - 1, highest)
+    return lowest + bisect.bisect_left(range(lowest, highest), True, key=holds)
