@@ -216,8 +216,9 @@ class Renderer:
             self._append_turn(example, _Step(i, turn, weight, prompt_weight, is_last=turn is turns[-1]), row)
             read = i + 1
         for example in examples:
-            after_stop = self._split(example.stop + example.epilogue, disguise)
-            example.append(self.tokenizer.encode_each(after_stop)[1:], weight=0.0)
+            if example.epilogue:
+                after_stop = self._split(example.stop + example.epilogue, disguise)
+                example.append(self.tokenizer.encode_each(after_stop)[1:], weight=0.0)
         if len(examples) > 1:
             counts["expanded"] = len(examples) - 1
         return RenderedRow([example.finish(row.origin, self.options.averaging) for example in examples], counts)
