@@ -1,5 +1,6 @@
 """An example that grows turn by turn: ids and weights appended by one call, so that they cannot part."""
 
+import itertools
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -9,7 +10,7 @@ import numpy as np
 
 from sft_jax.data.tokenizer import Tokenizer
 from sft_jax.data.turns import Turn
-from sft_jax.datatypes import Origin, TokenizedExample
+from sft_jax.datatypes import Origin, TokenizedExample, shift
 
 Parts = list[int | str]
 """A rendered text, cut into control ids and plain text."""
@@ -70,17 +71,14 @@ class ExampleBuilder:
     def finish(self, origin: Origin, averaging: str) -> RenderedExample:
         """`averaging` as in `config.data`: by `example`, the weights of the example sum to 1."""
         ids = np.concatenate(self.ids)
-        weights = np.zeros(len(ids), np.float32)
-        ends = [0]
-        for part, weight in zip(self.ids, self.weights, strict=True):
-            ends.append(ends[-1] + len(part))
-            if weight:
-                weights[ends[-2] : ends[-1]] = weight
+        sizes = list(map(len, self.ids))
+        ends = [0, *itertools.accumulate(sizes)]
+        weights = np.array(self.weights, np.float32).repeat(sizes)
         if averaging == "example":
             weights /= max(weights[1:].sum(dtype=np.float64), np.finfo(np.float32).tiny)  # the first is never a target
         # The id at place k is the target of position k - 1.
         answers = tuple((max(ends[start] - 1, 0), ends[stop] - 1) for start, stop in self.spans)
-        return RenderedExample(TokenizedExample.from_ids(ids, weights, origin), tuple(self.turns), answers)
+        return RenderedExample(TokenizedExample(*shift(ids, weights), origin), tuple(self.turns), answers)
 
 
 def join_parts(prompt: Parts, completion: Parts) -> Parts:

@@ -82,6 +82,7 @@ def make_part(task: Task, source: SourceConfig, data: DataConfig, renderer: Rend
 
 def _make_part(task: Task, source: SourceConfig, data: DataConfig, renderer: Renderer) -> None:
     account, examples = Account(), _Examples()
+    kept: Counter[str] = Counter()
     dropped = {reason for reason, policy in data.policies.items() if policy == "drop"}
     dropped |= {"too_long"} if data.too_long != "error" else set()
     dropped |= {"unknown_token"} if data.unknown_tokens == "drop" else set()
@@ -91,7 +92,7 @@ def _make_part(task: Task, source: SourceConfig, data: DataConfig, renderer: Ren
             if (chunk.num_taken is not None and number >= chunk.num_taken) or not is_on_side(row, source):
                 account.rows_not_taken += 1
                 continue
-            kept: Counter[str] = Counter()
+            kept.clear()
             try:
                 fit = _tokenize_row(row, chunk.format, source, data, renderer, kept)
             except RowError as error:

@@ -88,9 +88,10 @@ class Account:
             self.tokens += length
             self.supervised_tokens += int(np.count_nonzero(example.loss_weights))
             _add_counts(self.lengths, {1 << (length - 1).bit_length(): 1})
-        _add_counts(self.rendering, {name: fit.counts[name] for name in sorted(fit.counts) if fit.counts[name]})
+        _add_counts(self.rendering, fit.counts)
         _add_counts(self.kept, kept)
-        _add_counts(self.ignored_fields, dict.fromkeys(sorted(ignored), 1))
+        for name in sorted(ignored):
+            _add_counts(self.ignored_fields, {name: 1})
         if fit.is_changed:
             self.rows_shortened += 1
             self.add_lost(fit.lost)

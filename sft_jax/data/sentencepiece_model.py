@@ -105,7 +105,7 @@ class SentencePieceModel:
         self.expresses_all = bool(running.trainer_spec.byte_fallback and num_bytes == 256)
         self._words: Words | None = None
         if self.expresses_all and not self._changes_text:
-            self._words = open_words(running, self._encode_continued)
+            self._words = open_words(running, self._continued.encode)
 
     def special_tokens(self) -> dict[str, str]:
         """Role -> text, as the file declares them."""
