@@ -68,7 +68,7 @@ class WordRenderer(Renderer):
         words = text.split()
         if "?" in words and self.unknown_tokens != "keep":
             raise RowError("unknown_token", origin, "has '?', which the tokenizer cannot express. Remove it.")
-        counts["unknown_tokens"] += words.count("?")
+        counts += Counter(unknown_tokens=words.count("?"))  # which holds no zeros
         return [UNKNOWN if word == "?" else FIRST_WORD + int(word) for word in words]
 
 
