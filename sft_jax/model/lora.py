@@ -88,7 +88,17 @@ def lay_out(
       base: the parameters of the model without adapters.
       targets: paths of the linear maps that get an adapter.
       saved: paths of parameters that train whole.
+
+    Raises:
+      ConfigError: there are kernels that only a linear map of one matrix could hold quantized.
     """
+    unknown = [
+        path
+        for path, leaf in base.items()
+        if _may_stack_experts(path, leaf.shape) and path.removesuffix(".kernel") not in kernels and path not in saved
+    ]
+    if lora.quantize != "none" and unknown:
+        raise ConfigError(f"config.lora.quantize: {unknown[0]} has no quantized form. Set it to none.")
     trainable: dict[str, Leaf] = {}
     frozen: dict[str, Leaf] = {}
     for path, leaf in base.items():
@@ -105,6 +115,10 @@ def lay_out(
         for name, pairs in _adapter_dims(kernels[module], lora).items():
             trainable[f"{module}.{name}"] = Leaf(tuple(n for n, _ in pairs), tuple(size for _, size in pairs), dtype)
     return trainable, frozen
+
+
+def _may_stack_experts(path: str, shape: tuple[int, ...]) -> bool:
+    return path.startswith("layers.") and path.endswith(".kernel") and len(shape) > 3
 
 
 def _adapter_dims(kernel: Kernel, lora: LoraConfig) -> dict[str, tuple[tuple[str | None, int], ...]]:

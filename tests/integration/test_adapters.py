@@ -4,6 +4,7 @@ result, and a base that no step touches."""
 import dataclasses
 import functools
 import re
+import subprocess
 import sys
 from pathlib import Path
 
@@ -264,3 +265,9 @@ def test_new_tokens_need_rows_that_train(folder):
     config = dataclasses.replace(placed.config, data=DataConfig(new_tokens=("<x>",)))
     with pytest.raises(ConfigError, match=r"leaves out embed, and config\.data\.new_tokens adds tokens"):
         _ = dataclasses.replace(placed, config=config).leaves
+
+
+@pytest.mark.slow
+def test_adapters_reach_the_demo_s_bars():
+    script = Path(__file__).parents[2] / "benchmarks" / "adapters.py"
+    subprocess.run([sys.executable, script, "--only", "lora,qlora_nf4"], check=True)
