@@ -127,6 +127,8 @@ def test_export_gives_the_adapter_or_the_merged_model(folder, capsys):
     assert all(np.array_equal(values, expected[name]) for name, values in read_adapter(folder / "adapter").items())
     merged, base = (load_file(folder / name / "model.safetensors") for name in ("merged", "base"))
     assert merged.keys() == base.keys()
+    card = (folder / "merged" / "README.md").read_text()
+    assert "the base, its kernels in nf4, but for adapters that are merged here: LoRA of rank 4, alpha 16, on" in card
     changed = {name.split(".", 3)[-1] for name in base if not np.array_equal(merged[name], base[name])}
     assert "self_attn.q_proj.weight" in changed
     np.testing.assert_array_equal(merged["model.norm.weight"], base["model.norm.weight"])
