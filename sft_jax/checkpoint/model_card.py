@@ -95,8 +95,8 @@ def _describe_lora(lora: Mapping[str, Any]) -> str:
     held = "" if lora["quantize"] == "none" else f", its kernels in {lora['quantize']},"
     whole = f" {_in_backticks(lora['modules_to_save'])} trained whole." if lora["modules_to_save"] else ""
     return (
-        f"the base{held} but for adapters that are merged here: {kind} of rank {lora['rank']}, alpha {lora['alpha']:g}, "
-        f"on {_in_backticks(lora['targets'])}.{whole}"
+        f"the base{held} but for adapters that are merged here: {kind} of rank {lora['rank']}, "
+        f"alpha {lora['alpha']:g}, on {_in_backticks(lora['targets'])}.{whole}"
     )
 
 
