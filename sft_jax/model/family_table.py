@@ -23,7 +23,7 @@ class Option(NamedTuple):
     write: Callable[[Any], Any] = lambda value: value
 
 
-def _write_scalar(scale: float) -> float:
+def _write_scalar(scale: float) -> float | int:
     """0.0625 -> 256: an integer where it was one."""
     scalar = scale**-2
     return round(scalar) if abs(scalar - round(scalar)) < 1e-9 * scalar else scalar
@@ -75,7 +75,7 @@ class Family:
 _GEMMA: dict[str, Any] = {
     "scales_embedding": True,
     "only": {"use_bidirectional_attention": False},
-    "harmless": frozenset({"cache_implementation"}),
+    "harmless": frozenset({"cache_implementation", "sliding_window_size"}),
 }
 _GEMMA_DEFAULTS = {"head_dim": 256, "activation": "gelu_tanh", "tie_word_embeddings": True}
 # Microsoft's folders name the code that came with them, which is never run: transformers' own is the same model.

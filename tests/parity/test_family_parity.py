@@ -58,7 +58,9 @@ def saved(tmp_path: Path):
 
 
 @pytest.mark.parametrize(("family", "seed"), DRAWS)
-def test_packed_logits_and_loss_equal_those_of_each_segment_alone(saved, family: str, seed: int) -> None:
+def test_packed_logits_and_loss_equal_those_of_each_segment_alone(
+    saved, record_property, family: str, seed: int
+) -> None:
     fields, model, folder = saved(family, seed)
     config, _ = read_config(folder)
     params = load_pretrained(folder, config, None, "float32")
@@ -75,9 +77,10 @@ def test_packed_logits_and_loss_equal_those_of_each_segment_alone(saved, family:
     scale = np.std(np.concatenate([theirs for _, theirs in pairs]))
     assert 0.2 < scale < 4  # about unit scale
     worst = max(np.abs(ours - theirs).max() for ours, theirs in pairs)
+    record_property("logit_difference", worst / scale)
     assert worst <= 2e-4 * min(1, scale)
 
-    weights, targets = batch["loss_weights"], batch["targets"]
+    weights, targets = jnp.asarray(batch["loss_weights"]), jnp.asarray(batch["targets"])
     sums = sum_cross_entropy(hidden, head, targets, weights, LossConfig(), logit_shape=config.logit_shape)
     expected, _ = loss_and_grads(model, batch)
     assert float(sums.loss_sum / sums.weight_sum) == pytest.approx(expected, rel=2e-6)
@@ -101,10 +104,12 @@ def assert_the_trip_changes_nothing(fields: dict[str, Any], model: Any, config: 
 
 
 @pytest.mark.parametrize(("family", "seed"), [(family, NUM_DRAWN) for family in DRAWN_FAMILIES])
-def test_gradients_of_a_packed_batch_are_equal(saved, family: str, seed: int) -> None:
+def test_gradients_of_a_packed_batch_are_equal(saved, record_property, family: str, seed: int) -> None:
     fields, model, folder = saved(family, seed)
     batch = random_packed_batch(seed, fields["vocab_size"], SEGMENT_LENGTHS)
     loss, grads = loss_and_grads(model, batch)
     our_loss, our_grads = step_loss_and_grads(folder, batch, MeshConfig(), num_devices=1)
     assert our_loss == pytest.approx(loss, rel=2e-6)
-    assert relative_difference(our_grads, grads) <= 2e-5
+    difference = relative_difference(our_grads, grads)
+    record_property("gradient_difference", difference)
+    assert difference <= 2e-5
