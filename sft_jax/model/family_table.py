@@ -144,7 +144,6 @@ FAMILIES: dict[str, Family] = {
         options={
             "attention_bias": False,
             "query_pre_attn_scalar": 256.0,
-            "attn_logit_softcapping": None,
             "final_logit_softcapping": None,
         },
         defaults=_GEMMA_DEFAULTS | {"num_key_value_heads": 4, "max_position_embeddings": 131_072},
@@ -152,7 +151,8 @@ FAMILIES: dict[str, Family] = {
         windows="periodic",
         window_period=6,
         window=4096,
-        **_GEMMA,
+        # transformers has the key and does not heed it.
+        **_GEMMA | {"only": _GEMMA["only"] | {"attn_logit_softcapping": None}},
     ),
     # OLMo-2: no norm before a part, one after it, and one over all queries and all keys.
     "olmo2": Family(

@@ -7,7 +7,6 @@ from sft_jax.model.families import num_params
 from sft_jax.model.presets import PRESETS, preset_config
 from sft_jax.model.transformer import abstract_params
 
-
 # As the repositories' safetensors count them; of models that see images, what is left of theirs without those parts.
 NUM_PARAMS = {
     "testbed": 869_504, "w1": 15_191_712, "llama2-7b": 6_738_415_616, "llama2-13b": 13_015_864_320,
