@@ -51,6 +51,13 @@ def random_model(seed: int, fields: dict[str, Any]) -> Any:
     return model
 
 
+def rebuilt(model: Any, fields: dict[str, Any]) -> Any:
+    """The same weights in a model of another config.json."""
+    again = type(model)._from_config(AutoConfig.for_model(**fields), attn_implementation="eager").float().eval()
+    again.load_state_dict(model.state_dict())
+    return again
+
+
 def random_packed_batch(
     seed: int, vocab_size: int, segment_lengths: SegmentLengths = SEGMENT_LENGTHS
 ) -> dict[str, np.ndarray]:
