@@ -38,6 +38,8 @@ class Column(NamedTuple):
 
 COLUMNS = {
     "full": Column("tests/parity/test_golden_parity.py", frozenset(map(_family, _GOLDENS))),
+    "LoRA": Column("tests/integration/test_adapter_families.py", frozenset(map(_family, _GOLDENS))),
+    "QLoRA": Column("tests/integration/test_adapter_families.py", frozenset(map(_family, _GOLDENS))),
     "packed": Column("tests/parity/test_golden_parity.py", frozenset(map(_family, filter(_is_packed, _GOLDENS)))),
     "export": Column("tests/checkpoint/test_family_round_trip.py", frozenset(map(_family, _GOLDENS))),
 }
