@@ -28,7 +28,7 @@ class ModelConfig:
     path: str = ""
     """Hugging Face folder of pretrained weights; empty: random initialisation of `preset`."""
     preset: str = ""
-    """A named architecture of `sft_jax.model.families.PRESETS`. With `path`, the folder must agree with it."""
+    """A named architecture of `sft_jax.model.presets.PRESETS`. With `path`, the folder must agree with it."""
     overrides: dict[str, Any] = field(default_factory=dict)
     """Fields of the preset to change, for example `dict(num_layers=2)`; refused with `path`."""
     param_dtype: str = "float32"
@@ -40,7 +40,7 @@ class ModelConfig:
     remat: str = "full"
     """What is recomputed in the backward pass: none, dots (all but matmul outputs), full (all but layer inputs)."""
     freeze: tuple[str, ...] = ()
-    """Regular expressions, searched in parameter paths such as `layers.mlp.up.kernel`: those do not train."""
+    """Regular expressions, searched in parameter paths such as `layers.0.0.mlp.up.kernel`: those do not train."""
     neftune_alpha: float = 0.0
     """Noise on the input embeddings, uniform with magnitude alpha / sqrt(length * embed_dim); 0: none."""
 

@@ -18,7 +18,8 @@ from sft_jax.data import rendering
 from sft_jax.data.pipeline import PackedDataset, open_dataset
 from sft_jax.data.rendering import Renderer
 from sft_jax.datatypes import ConfigError
-from sft_jax.model.families import TransformerConfig, preset_config
+from sft_jax.model.families import TransformerConfig
+from sft_jax.model.presets import preset_config
 from sft_jax.model.transformer import Params, abstract_params, init_params, logical_dims
 from sft_jax.sharding import Batch, build_mesh, check_batch_divides, place_batch, replicated, shardings_for
 from sft_jax.training.evaluation import Evaluator, make_held_out_loss

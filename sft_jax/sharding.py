@@ -2,8 +2,8 @@
 
 A parameter names its dims (`("layers", "embed", "mlp")`, in model/transformer.py), a rule names mesh axes for each:
 
-    layers.mlp.up.kernel  [layers, embed,   mlp      ]
-                          ->  P(None, "fsdp", "tensor")
+    layers.0.0.mlp.up.kernel  [layers, embed,   mlp      ]
+                              ->  P(None, "fsdp", "tensor")
 
 All five mesh axes always exist, with size 1 where unused. A rule is a *tuple* of axes, so that a dim may be split over
 several of them.

@@ -35,7 +35,8 @@ from sft_jax.checkpoint.safetensors_io import (
 )
 from sft_jax.data.tokenizer import Tokenizer
 from sft_jax.datatypes import ConfigError, StorageError
-from sft_jax.model.families import TransformerConfig, read_hf_config, to_hf_config
+from sft_jax.model.families import TransformerConfig
+from sft_jax.model.hf_config import read_hf_config, to_hf_config
 from sft_jax.model.transformer import Params
 from sft_jax.typing import Array
 
@@ -228,7 +229,7 @@ def export_pretrained(
         return
     target = Path(folder)
     check_export_target(target)
-    specs = [TensorSpec(name, jnp.dtype(dtype), rule.hf_shape(config)) for name, rule, _ in hf_tensors(config)]
+    specs = [TensorSpec(name, jnp.dtype(dtype), parts[0].hf_shape(config)) for name, parts, _ in hf_tensors(config)]
     try:
         partial = _empty_sibling(target, "partial")
         write_tensors(partial, specs, tensors, max_shard_bytes)
@@ -279,8 +280,9 @@ def _empty_sibling(target: Path, suffix: str) -> Path:
 
 def _pull_tensors(params: Params, config: TransformerConfig, dtype: str) -> Iterator[tuple[str, np.ndarray]]:
     """(name, values) of each tensor of the folder, one at a time on the host."""
-    for name, rule, layer in hf_tensors(config):
-        yield name, _cast(rule.to_hf(_pull(params[rule.path], layer if rule.is_stacked else None)), dtype, name)
+    for name, rules, place in hf_tensors(config):
+        parts = [rule.to_hf(_pull(params[rule.path], place if rule.is_stacked else None)) for rule in rules]
+        yield name, _cast(parts[0] if len(parts) == 1 else np.concatenate(parts), dtype, name)
 
 
 def _cast(values: np.ndarray, dtype: str, name: str) -> np.ndarray:

@@ -1,12 +1,13 @@
 """Our parameters <-> the tensors of a Hugging Face folder: one table, read in both directions.
 
-    layers.attention.query.kernel             [layers, D, N, H]
+    layers.0.0.attention.query.kernel                  [repeats, D, N, H]
     model.layers.{layer}.self_attn.q_proj.weight       [N*H, D]    one for each layer
 
 A rule is data: two names, and the dims of both sides in the letters of `datatypes.py`. `(N H)` is one dim of N * H,
-with N outermost.
+with N outermost. A fused tensor holds several parameters one below the other: each has a rule, which says its part.
 """
 
+import dataclasses
 import itertools
 import math
 import re
@@ -17,7 +18,7 @@ import numpy as np
 
 from sft_jax.checkpoint.safetensors_io import TensorInfo
 from sft_jax.datatypes import StorageError
-from sft_jax.model.families import TransformerConfig
+from sft_jax.model.families import LayerConfig, TransformerConfig
 
 
 @dataclass(frozen=True)
@@ -28,37 +29,43 @@ class TensorRule:
     dims: str
     hf_name: str
     hf_dims: str
+    fused: tuple[str, ...] = ()
+    """The dims of all parts of a fused tensor, this one among them."""
+    part: int = 0
+    layers: tuple[int, ...] = ()
+    """The numbers of the layers that the parameter stacks on a leading dim; (): it belongs to no layer."""
 
     @property
     def is_stacked(self) -> bool:
-        """Whether the parameter stacks one tensor per layer on a leading dim."""
-        return "{layer}" in self.hf_name
+        return bool(self.layers)
 
-    def hf_names(self, config: TransformerConfig) -> tuple[str, ...]:
-        if not self.is_stacked:
-            return (self.hf_name,)
-        return tuple(self.hf_name.format(layer=layer) for layer in range(config.num_layers))
+    def hf_names(self) -> tuple[str, ...]:
+        """Of its tensors, in the order in which they are stacked."""
+        return tuple(self.hf_name.format(layer=layer) for layer in self.layers) or (self.hf_name,)
 
     def shape(self, config: TransformerConfig) -> tuple[int, ...]:
         """Of the whole parameter, with its layers."""
         sizes = _dim_sizes(config)
-        layers = (config.num_layers,) if self.is_stacked else ()
+        layers = (len(self.layers),) if self.layers else ()
         return layers + tuple(sizes[dim] for dim in self.dims.split())
 
     def hf_shape(self, config: TransformerConfig) -> tuple[int, ...]:
-        """Of one tensor."""
-        sizes = _dim_sizes(config)
-        return tuple(math.prod(sizes[dim] for dim in group) for group in _groups(self.hf_dims))
+        """Of one tensor, with all its parts."""
+        parts = [_grouped_shape(dims, config) for dims in self.fused or (self.hf_dims,)]
+        return (sum(rows for rows, *_ in parts), *parts[0][1:])
 
     def from_hf(self, tensor: np.ndarray, config: TransformerConfig) -> np.ndarray:
         """One tensor in our dims: [N*H, D] -> [D, N, H]. A view, so slicing a mapped tensor reads that slice only."""
+        if self.fused:
+            start = sum(_grouped_shape(dims, config)[0] for dims in self.fused[: self.part])
+            tensor = tensor[start : start + _grouped_shape(self.hf_dims, config)[0]]
         sizes = _dim_sizes(config)
         hf_order = _flat(self.hf_dims)
         split = tensor.reshape([sizes[dim] for dim in hf_order])
         return split.transpose([hf_order.index(dim) for dim in self.dims.split()])
 
     def to_hf(self, values: np.ndarray) -> np.ndarray:
-        """One layer of our parameter in their dims: [D, N, H] -> [N*H, D]."""
+        """One layer of our parameter in their dims: [D, N, H] -> [N*H, D]. Of a fused tensor this is one part."""
         dims = self.dims.split()
         sizes = dict(zip(dims, values.shape, strict=True))
         ordered = values.transpose([dims.index(dim) for dim in _flat(self.hf_dims)])
@@ -75,46 +82,145 @@ def _flat(dims: str) -> list[str]:
 
 
 def _dim_sizes(config: TransformerConfig) -> dict[str, int]:
+    heads, kv_heads, head_dim = config.num_heads, config.num_kv_heads, config.head_dim
     return {
-        "V": config.vocab_size, "D": config.embed_dim, "F": config.mlp_dim,
-        "N": config.num_heads, "K": config.num_kv_heads, "H": config.head_dim,
+        "V": config.vocab_size, "D": config.embed_dim, "F": config.mlp_dim, "N": heads, "K": kv_heads, "H": head_dim,
+        "NH": heads * head_dim, "KH": kv_heads * head_dim,
     }  # fmt: skip
 
 
+def _grouped_shape(hf_dims: str, config: TransformerConfig) -> tuple[int, ...]:
+    sizes = _dim_sizes(config)
+    return tuple(math.prod(sizes[dim] for dim in group) for group in _groups(hf_dims))
+
+
 EMBEDDING = TensorRule("embed.embedding", "V D", "model.embed_tokens.weight", "V D")
+FINAL_NORM = TensorRule("final_norm.scale", "D", "model.norm.weight", "D")
 HEAD = TensorRule("head.kernel", "V D", "lm_head.weight", "V D")
 
-LLAMA = (
-    EMBEDDING,
-    TensorRule("layers.attention_norm.scale", "D", "model.layers.{layer}.input_layernorm.weight", "D"),
-    TensorRule("layers.attention.query.kernel", "D N H", "model.layers.{layer}.self_attn.q_proj.weight", "(N H) D"),
-    TensorRule("layers.attention.key.kernel", "D K H", "model.layers.{layer}.self_attn.k_proj.weight", "(K H) D"),
-    TensorRule("layers.attention.value.kernel", "D K H", "model.layers.{layer}.self_attn.v_proj.weight", "(K H) D"),
-    TensorRule("layers.attention.out.kernel", "N H D", "model.layers.{layer}.self_attn.o_proj.weight", "D (N H)"),
-    TensorRule("layers.mlp_norm.scale", "D", "model.layers.{layer}.post_attention_layernorm.weight", "D"),
-    TensorRule("layers.mlp.gate.kernel", "D F", "model.layers.{layer}.mlp.gate_proj.weight", "F D"),
-    TensorRule("layers.mlp.up.kernel", "D F", "model.layers.{layer}.mlp.up_proj.weight", "F D"),
-    TensorRule("layers.mlp.down.kernel", "F D", "model.layers.{layer}.mlp.down_proj.weight", "D F"),
-    TensorRule("final_norm.scale", "D", "model.norm.weight", "D"),
-    HEAD,
+
+def _fused(hf_name: str, *parts: tuple[str, str, str]) -> tuple[TensorRule, ...]:
+    """Rules of the (path, dims, hf_dims) that one tensor holds."""
+    all_dims = tuple(hf_dims for _, _, hf_dims in parts)
+    return tuple(TensorRule(*part[:2], hf_name, part[2], all_dims, number) for number, part in enumerate(parts))
+
+
+# Rules of a layer: paths come after `layers.<group>.<place>.`, names after `model.layers.<layer>.`.
+QKV = (
+    TensorRule("attention.query.kernel", "D N H", "self_attn.q_proj.weight", "(N H) D"),
+    TensorRule("attention.key.kernel", "D K H", "self_attn.k_proj.weight", "(K H) D"),
+    TensorRule("attention.value.kernel", "D K H", "self_attn.v_proj.weight", "(K H) D"),
 )
+QKV_BIASES = (
+    TensorRule("attention.query.bias", "N H", "self_attn.q_proj.bias", "(N H)"),
+    TensorRule("attention.key.bias", "K H", "self_attn.k_proj.bias", "(K H)"),
+    TensorRule("attention.value.bias", "K H", "self_attn.v_proj.bias", "(K H)"),
+)
+FUSED_QKV = _fused(
+    "self_attn.qkv_proj.weight",
+    ("attention.query.kernel", "D N H", "(N H) D"),
+    ("attention.key.kernel", "D K H", "(K H) D"),
+    ("attention.value.kernel", "D K H", "(K H) D"),
+)
+QK_NORMS = {
+    "none": (),
+    "head": (
+        TensorRule("attention.query_norm.scale", "H", "self_attn.q_norm.weight", "H"),
+        TensorRule("attention.key_norm.scale", "H", "self_attn.k_norm.weight", "H"),
+    ),
+    "all": (
+        TensorRule("attention.query_norm.scale", "NH", "self_attn.q_norm.weight", "NH"),
+        TensorRule("attention.key_norm.scale", "KH", "self_attn.k_norm.weight", "KH"),
+    ),
+}
+OUT = (TensorRule("attention.out.kernel", "N H D", "self_attn.o_proj.weight", "D (N H)"),)
+OUT_BIAS = (TensorRule("attention.out.bias", "D", "self_attn.o_proj.bias", "D"),)
+GATE_UP = (
+    TensorRule("mlp.gate.kernel", "D F", "mlp.gate_proj.weight", "F D"),
+    TensorRule("mlp.up.kernel", "D F", "mlp.up_proj.weight", "F D"),
+)
+FUSED_GATE_UP = _fused("mlp.gate_up_proj.weight", ("mlp.gate.kernel", "D F", "F D"), ("mlp.up.kernel", "D F", "F D"))
+DOWN = (TensorRule("mlp.down.kernel", "F D", "mlp.down_proj.weight", "D F"),)
+MLP_BIASES = (
+    TensorRule("mlp.gate.bias", "F", "mlp.gate_proj.bias", "F"),
+    TensorRule("mlp.up.bias", "F", "mlp.up_proj.bias", "F"),
+    TensorRule("mlp.down.bias", "D", "mlp.down_proj.bias", "D"),
+)
+
+
+def _norm(path: str, hf_name: str) -> TensorRule:
+    return TensorRule(f"{path}.scale", "D", f"{hf_name}.weight", "D")
+
+
+# By `TransformerConfig.norms`: those of attention, then those of the MLP. One name of theirs means two of ours.
+NORMS = {
+    "pre": ((_norm("attention_norm", "input_layernorm"),), (_norm("mlp_norm", "post_attention_layernorm"),)),
+    "post": (
+        (_norm("attention_post_norm", "post_attention_layernorm"),),
+        (_norm("mlp_post_norm", "post_feedforward_layernorm"),),
+    ),
+    "sandwich": (
+        (_norm("attention_norm", "input_layernorm"), _norm("attention_post_norm", "post_attention_layernorm")),
+        (_norm("mlp_norm", "pre_feedforward_layernorm"), _norm("mlp_post_norm", "post_feedforward_layernorm")),
+    ),
+}
+_FUSED_FAMILIES = ("phi3",)
+
+
+def layer_rules(config: TransformerConfig, layer: LayerConfig) -> tuple[TensorRule, ...]:
+    """The rules of one layer, in the order in which a forward pass meets them."""
+    is_fused = config.family in _FUSED_FAMILIES
+    attention_norms, mlp_norms = NORMS[config.norms]
+    return (
+        *attention_norms,
+        *(FUSED_QKV if is_fused else QKV),
+        *(QKV_BIASES if config.qkv_bias else ()),
+        *QK_NORMS[config.qk_norm],
+        *OUT,
+        *(OUT_BIAS if config.out_bias else ()),
+        *mlp_norms,
+        *(FUSED_GATE_UP if is_fused else GATE_UP),
+        *DOWN,
+        *(MLP_BIASES if config.mlp_bias else ()),
+    )
+
+
 # Buffers that old exports stored beside the weights; their values follow from config.json.
 _BUFFERS = re.compile(r"model\.(layers\.\d+\.self_attn\.)?rotary_emb\.inv_freq")
 
 
 def tensor_rules(config: TransformerConfig) -> tuple[TensorRule, ...]:
     """The parameters of a model. A tied head has none of its own."""
-    return tuple(rule for rule in LLAMA if not (config.tie_embeddings and rule is HEAD))
+    rules, first = [EMBEDDING], 0
+    for number, group in enumerate(config.layers):
+        for place, layer in enumerate(group.pattern):
+            numbers = tuple(range(first + place, first + group.repeats * len(group.pattern), len(group.pattern)))
+            rules += [_of_layers(rule, f"layers.{number}.{place}", numbers) for rule in layer_rules(config, layer)]
+        first += group.repeats * len(group.pattern)
+    return (*rules, FINAL_NORM, *(() if config.tie_embeddings else (HEAD,)))
 
 
-def hf_tensors(config: TransformerConfig) -> Iterator[tuple[str, TensorRule, int]]:
-    """(name, rule, layer) of every tensor of an export, in the order in which a forward pass meets them. A tied folder
-    holds the embedding only."""
-    for is_stacked, group in itertools.groupby(tensor_rules(config), key=lambda rule: rule.is_stacked):
-        rules = list(group)
-        for layer in range(config.num_layers if is_stacked else 1):
-            for rule in rules:
-                yield rule.hf_names(config)[layer], rule, layer
+def _of_layers(rule: TensorRule, prefix: str, layers: tuple[int, ...]) -> TensorRule:
+    hf_name = f"model.layers.{{layer}}.{rule.hf_name}"
+    return dataclasses.replace(rule, path=f"{prefix}.{rule.path}", hf_name=hf_name, layers=layers)
+
+
+def hf_tensors(config: TransformerConfig) -> Iterator[tuple[str, tuple[TensorRule, ...], int]]:
+    """(name, rules of its parts, place in their stacks) of every tensor of an export, in the order in which a forward
+    pass meets them. A tied folder holds the embedding only."""
+    rules = tensor_rules(config)
+    by_layer: dict[int, list[tuple[TensorRule, int]]] = {}
+    for rule in rules:
+        for place, layer in enumerate(rule.layers):
+            by_layer.setdefault(layer, []).append((rule, place))
+    yield EMBEDDING.hf_name, (EMBEDDING,), 0
+    for layer, found in sorted(by_layer.items()):
+        for hf_name, parts in itertools.groupby(found, key=lambda item: item[0].hf_name):
+            of_tensor, places = zip(*parts, strict=True)
+            yield hf_name.format(layer=layer), of_tensor, places[0]
+    for rule in rules:
+        if not rule.is_stacked and rule is not EMBEDDING:
+            yield rule.hf_name, (rule,), 0
 
 
 def match_tensors(
@@ -133,9 +239,9 @@ def match_tensors(
     """
     matched = {}
     for rule in tensor_rules(config):
-        names = rule.hf_names(config)
+        names = rule.hf_names()
         if rule is EMBEDDING and config.tie_embeddings and EMBEDDING.hf_name not in index:
-            names = HEAD.hf_names(config)
+            names = HEAD.hf_names()
         missing = [name for name in names if name not in index]
         if missing:
             raise StorageError(

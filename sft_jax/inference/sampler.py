@@ -16,7 +16,7 @@ from jax.typing import DTypeLike
 
 from sft_jax.datatypes import ConfigError, DataError
 from sft_jax.model.families import TransformerConfig
-from sft_jax.model.transformer import KVCache, decode, empty_cache, forward, output_head
+from sft_jax.model.transformer import Cache, decode, empty_cache, forward, output_head
 from sft_jax.typing import Array, Bool, Float, Int, Key
 
 _ATTENTION = "reference"  # every machine has it
@@ -94,7 +94,7 @@ class _Rows(NamedTuple):
     lengths: Int[Array, " B"]
     stopped: Bool[Array, " B"]
     logits: Float[Array, "B V"]  # of the next token
-    cache: KVCache
+    cache: Cache
     num_steps: Int[Array, ""]
 
 
@@ -126,13 +126,13 @@ def _decode_batch(
         stopped = rows.stopped | jnp.isin(chosen, stop_ids)
         tokens = rows.tokens.at[row, rows.lengths].set(jnp.where(stopped, 0, chosen))
         lengths = rows.lengths + ~stopped
-        hidden, cache = run(chosen[:, None], rows.lengths[:, None], rows.cache)
-        return _Rows(tokens, lengths, stopped, _logits(hidden[:, 0], head), cache, rows.num_steps + 1)
+        hidden, cache = run(chosen[:, None], rows.lengths[:, None], rows.lengths + 1, rows.cache)
+        return _Rows(tokens, lengths, stopped, _logits(hidden[:, 0], head, config), cache, rows.num_steps + 1)
 
     positions = jnp.broadcast_to(jnp.arange(width)[None], (batch, width))
-    hidden, cache = run(prompts, positions, empty_cache(config, batch, num_slots, compute_dtype))
+    hidden, cache = run(prompts, positions, lengths, empty_cache(config, batch, num_slots, compute_dtype))
     tokens = jnp.pad(prompts, ((0, 0), (0, num_slots - width)))
-    logits = _logits(hidden[row, jnp.maximum(lengths - 1, 0)], head)
+    logits = _logits(hidden[row, jnp.maximum(lengths - 1, 0)], head, config)
     first = _Rows(tokens, lengths, lengths == 0, logits, cache, jnp.array(0))
     return jax.lax.while_loop(
         lambda rows: (rows.num_steps < max_new_tokens) & ~jnp.all(rows.stopped), write_next, first
@@ -212,7 +212,7 @@ def _score_batch(
 
     def score_chunk(chunk: tuple[Array, Array]) -> Array:
         hidden_TD, targets_T = chunk
-        logprobs_TV = jax.nn.log_softmax(_logits(hidden_TD, head))
+        logprobs_TV = jax.nn.log_softmax(_logits(hidden_TD, head, config))
         return jnp.take_along_axis(logprobs_TV, targets_T[:, None], axis=1)[:, 0]
 
     width = min(_LOGIT_TOKENS, batch * length)  # both are powers of two
@@ -220,9 +220,9 @@ def _score_batch(
     return jax.lax.map(score_chunk, chunks).reshape(batch, length)
 
 
-def _logits(hidden: Float[Array, "T D"], head: Float[Array, "V D"]) -> Float[Array, "T V"]:
+def _logits(hidden: Float[Array, "T D"], head: Float[Array, "V D"], config: TransformerConfig) -> Float[Array, "T V"]:
     wide = jnp.promote_types(hidden.dtype, jnp.float32)  # ties and tails need more than bfloat16
-    return jnp.einsum("td,vd->tv", hidden, head, preferred_element_type=wide)
+    return config.logit_shape.apply(jnp.einsum("td,vd->tv", hidden, head, preferred_element_type=wide))
 
 
 def _check_ids(ids: Sequence[int], where: str, config: TransformerConfig, max_new_tokens: int) -> None:

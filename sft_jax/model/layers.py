@@ -1,86 +1,56 @@
-"""The parts of a decoder layer: normalisation, rotary positions, attention heads, MLP.
+"""The parts of a decoder layer: normalisation, attention heads, MLP.
 
 Modules keep parameters in the dtype they were made with and compute in the dtype of their input. They are plain
-pytrees: `jax.vmap` over keys makes a stack of layers and `jax.lax.scan` runs it. A layer knows nothing of masks, caches
-or kernels: it is handed `attend`, which turns queries, keys and values into the mixed values.
+pytrees: `jax.vmap` over keys makes a stack of layers and `jax.lax.scan` runs it. A layer knows nothing of positions,
+masks, caches or kernels: it is handed `attend`, which turns queries, keys and values into the mixed values.
 """
 
 import math
-from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any, Protocol, runtime_checkable
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from flax import nnx
 from jax.sharding import AbstractMesh, Mesh
 from jax.typing import DTypeLike
 
 from sft_jax.model.families import TransformerConfig
 from sft_jax.model.linear import Linear
+from sft_jax.model.rope import at_least_float32
 from sft_jax.sharding import constrain
-from sft_jax.typing import Array, Float, Int, Key
+from sft_jax.typing import Array, Float, Key
 
-# (q [B, L, N, H], k [B, L, K, H], v [B, L, K, H]) -> (out [B, L, N, H], what the kernel carries on, such as a cache)
-Attend = Callable[[Array, Array, Array], tuple[Array, Any]]
+
+@runtime_checkable
+class Attend(Protocol):
+    """Queries [B, L, N, H], keys [B, L, K, H] and values [B, L, K, Hv], none of them turned by its position yet -> the
+    mixed values [B, L, N, Hv], and what is carried on, such as a cache."""
+
+    def __call__(self, q: Array, k: Array, v: Array, sinks: Array | None = None) -> tuple[Array, Any]: ...
 
 
 class RMSNorm(nnx.Module):
     """x / rms(x) * scale, over the last dim. Source: arXiv:1910.07467, equation 4."""
 
-    def __init__(self, dim: int, eps: float, dtype: DTypeLike):
+    def __init__(self, dim: int, eps: float, dtype: DTypeLike, adds_one: bool = False):
         self.eps = eps
-        self.scale = nnx.Param(jnp.ones((dim,), dtype))
+        self.adds_one = adds_one
+        self.scale = nnx.Param(jnp.zeros((dim,), dtype) if adds_one else jnp.ones((dim,), dtype))
 
-    def __call__(self, x: Float[Array, "B L D"]) -> Float[Array, "B L D"]:
+    def __call__(self, x: Float[Array, "B L *heads D"]) -> Float[Array, "B L *heads D"]:
         wide = x.astype(at_least_float32(x.dtype))  # bfloat16 squares would lose the statistics
+        scale = self.scale[...].astype(wide.dtype)
+        scale = jnp.expand_dims(1 + scale if self.adds_one else scale, tuple(range(x.ndim - 1)))
         normed = wide * jax.lax.rsqrt(jnp.mean(jnp.square(wide), axis=-1, keepdims=True) + self.eps)
-        return (normed * self.scale[...].astype(wide.dtype)[None, None, :]).astype(x.dtype)
+        return (normed * scale).astype(x.dtype)
 
 
-def at_least_float32(dtype: DTypeLike) -> jnp.dtype:
-    """Where bfloat16 is too coarse: float32, or float64 if that is what is computed in."""
-    return jnp.promote_types(dtype, jnp.float32)
+def make_norm(config: TransformerConfig, dim: int, dtype: DTypeLike) -> RMSNorm:
+    return RMSNorm(dim, config.norm_eps, dtype, config.norm_adds_one)
 
 
-class Rope(NamedTuple):
-    """Rotation of each position: cos and sin of its angles."""
-
-    cos: Float[Array, "B L H/2"]
-    sin: Float[Array, "B L H/2"]
-
-
-def rope_frequencies(config: TransformerConfig) -> np.ndarray:
-    """Radians per position of each pair of dims, float64 [H / 2], with Llama-3.1's scaling where the config has it.
-
-    theta = 10000 and H = 4 give [1, 0.01]: pair 0 turns once in 2 pi tokens, pair 1 once in 200 pi. With scaling, a
-    pair that turns more than high_freq_factor times in the original context keeps its frequency, one that turns less
-    than low_freq_factor times is slowed by `factor`, and between them the two are blended linearly.
-
-    Source: arXiv:2104.09864, section 3.2; scaling: https://github.com/meta-llama/llama-models, models/llama3/model.py.
-    """
-    frequencies = config.rope_theta ** -(np.arange(0, config.head_dim, 2, dtype=np.float64) / config.head_dim)
-    scaling = config.rope_scaling
-    if scaling is None:
-        return frequencies
-    turns = scaling.original_max_position * frequencies / (2 * math.pi)
-    kept = (turns - scaling.low_freq_factor) / (scaling.high_freq_factor - scaling.low_freq_factor)
-    kept = np.clip(kept, 0, 1)
-    return kept * frequencies + (1 - kept) * frequencies / scaling.factor
-
-
-def rope_for(positions: Int[Array, "B L"], config: TransformerConfig, dtype: DTypeLike) -> Rope:
-    """The rotations at these positions, in at least float32: in bfloat16 positions above 256 run together."""
-    frequencies = jnp.asarray(rope_frequencies(config), at_least_float32(dtype))
-    angles = positions[:, :, None].astype(frequencies.dtype) * frequencies[None, None, :]
-    return Rope(jnp.cos(angles), jnp.sin(angles))
-
-
-def rotate(x: Float[Array, "B L N H"], rope: Rope) -> Float[Array, "B L N H"]:
-    """Turn each pair (x[i], x[i + H / 2]) by its angle: the half-rotation convention of Hugging Face checkpoints."""
-    first, second = jnp.split(x.astype(rope.cos.dtype), 2, axis=-1)
-    cos, sin = rope.cos[:, :, None, :], rope.sin[:, :, None, :]
-    return jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1).astype(x.dtype)
+def _normed(norm: RMSNorm | None, x: Array) -> Array:
+    return x if norm is None else norm(x)
 
 
 class Attention(nnx.Module):
@@ -89,48 +59,71 @@ class Attention(nnx.Module):
     def __init__(self, config: TransformerConfig, key: Key[Array, ""], dtype: DTypeLike):
         dim, std, keys = config.embed_dim, config.initializer_range, jax.random.split(key, 4)
         heads, kv_heads = (config.num_heads, config.head_dim), (config.num_kv_heads, config.head_dim)
-        self.query = Linear((dim,), heads, std, keys[0], dtype)
-        self.key = Linear((dim,), kv_heads, std, keys[1], dtype)
-        self.value = Linear((dim,), kv_heads, std, keys[2], dtype)
-        self.out = Linear(heads, (dim,), std, keys[3], dtype)
+        self.query = Linear((dim,), heads, std, keys[0], dtype, config.qkv_bias)
+        self.key = Linear((dim,), kv_heads, std, keys[1], dtype, config.qkv_bias)
+        self.value = Linear((dim,), kv_heads, std, keys[2], dtype, config.qkv_bias)
+        self.out = Linear(heads, (dim,), std, keys[3], dtype, config.out_bias)
+        self.norms_all_heads = config.qk_norm == "all"
+        dims = (math.prod(shape) if self.norms_all_heads else config.head_dim for shape in (heads, kv_heads))
+        norms = (None if config.qk_norm == "none" else make_norm(config, dim, dtype) for dim in dims)
+        self.query_norm, self.key_norm = norms
 
     def __call__(
-        self, x: Float[Array, "B L D"], rope: Rope, attend: Attend, mesh: Mesh | AbstractMesh | None
+        self, x: Float[Array, "B L D"], attend: Attend, mesh: Mesh | AbstractMesh | None
     ) -> tuple[Float[Array, "B L D"], Any]:
-        q = constrain(rotate(self.query(x), rope), mesh, "batch", "seq", "heads", None)
-        k = constrain(rotate(self.key(x), rope), mesh, "batch", "seq", "kv_heads", None)
+        q = constrain(self._norm_heads(self.query_norm, self.query(x)), mesh, "batch", "seq", "heads", None)
+        k = constrain(self._norm_heads(self.key_norm, self.key(x)), mesh, "batch", "seq", "kv_heads", None)
         v = constrain(self.value(x), mesh, "batch", "seq", "kv_heads", None)
         mixed_BLNH, carried = attend(q, k, v)
         return self.out(mixed_BLNH), carried
 
+    def _norm_heads(self, norm: RMSNorm | None, x: Float[Array, "B L N H"]) -> Float[Array, "B L N H"]:
+        return _normed(norm, x.reshape(*x.shape[:2], -1)).reshape(x.shape) if self.norms_all_heads else _normed(norm, x)
+
+
+def activate(name: str, x: Array) -> Array:
+    """The activation of a gate, by its name in a config."""
+    return jax.nn.silu(x) if name == "silu" else jax.nn.gelu(x, approximate=True)
+
 
 class Mlp(nnx.Module):
-    """down(silu(gate(x)) * up(x)). Source: arXiv:2002.05202, SwiGLU."""
+    """down(activation(gate(x)) * up(x)). Source: arXiv:2002.05202, SwiGLU and GEGLU."""
 
     def __init__(self, config: TransformerConfig, key: Key[Array, ""], dtype: DTypeLike):
         dim, hidden, std, keys = config.embed_dim, config.mlp_dim, config.initializer_range, jax.random.split(key, 3)
-        self.gate = Linear((dim,), (hidden,), std, keys[0], dtype)
-        self.up = Linear((dim,), (hidden,), std, keys[1], dtype)
-        self.down = Linear((hidden,), (dim,), std, keys[2], dtype)
+        self.activation = config.activation
+        self.gate = Linear((dim,), (hidden,), std, keys[0], dtype, config.mlp_bias)
+        self.up = Linear((dim,), (hidden,), std, keys[1], dtype, config.mlp_bias)
+        self.down = Linear((hidden,), (dim,), std, keys[2], dtype, config.mlp_bias)
 
     def __call__(self, x: Float[Array, "B L D"], mesh: Mesh | AbstractMesh | None) -> Float[Array, "B L D"]:
-        hidden_BLF = jax.nn.silu(self.gate(x)) * self.up(x)
+        hidden_BLF = activate(self.activation, self.gate(x)) * self.up(x)
         return self.down(constrain(hidden_BLF, mesh, "batch", "seq", "mlp"))
 
 
 class DecoderLayer(nnx.Module):
-    """Attention and MLP, each normalised before and added to its input."""
+    """Attention and MLP, each added to its input, with a norm before, after, or on both sides."""
 
     def __init__(self, config: TransformerConfig, key: Key[Array, ""], dtype: DTypeLike):
         attention_key, mlp_key = jax.random.split(key)
-        self.attention_norm = RMSNorm(config.embed_dim, config.norm_eps, dtype)
+        self.residual_multiplier = config.residual_multiplier
+
+        def norm_for(*layouts: str) -> RMSNorm | None:
+            return make_norm(config, config.embed_dim, dtype) if config.norms in layouts else None
+
+        self.attention_norm, self.mlp_norm = norm_for("pre", "sandwich"), norm_for("pre", "sandwich")
+        self.attention_post_norm, self.mlp_post_norm = norm_for("post", "sandwich"), norm_for("post", "sandwich")
         self.attention = Attention(config, attention_key, dtype)
-        self.mlp_norm = RMSNorm(config.embed_dim, config.norm_eps, dtype)
         self.mlp = Mlp(config, mlp_key, dtype)
 
     def __call__(
-        self, x: Float[Array, "B L D"], rope: Rope, attend: Attend, mesh: Mesh | AbstractMesh | None
+        self, x: Float[Array, "B L D"], attend: Attend, mesh: Mesh | AbstractMesh | None
     ) -> tuple[Float[Array, "B L D"], Any]:
-        mixed, carried = self.attention(self.attention_norm(x), rope, attend, mesh)
-        x = constrain(x + mixed, mesh, "batch", "seq", None)
-        return constrain(x + self.mlp(self.mlp_norm(x), mesh), mesh, "batch", "seq", None), carried
+        mixed, carried = self.attention(_normed(self.attention_norm, x), attend, mesh)
+        x = self._add(x, _normed(self.attention_post_norm, mixed), mesh)
+        hidden = self.mlp(_normed(self.mlp_norm, x), mesh)
+        return self._add(x, _normed(self.mlp_post_norm, hidden), mesh), carried
+
+    def _add(self, x: Array, more: Array, mesh: Mesh | AbstractMesh | None) -> Array:
+        more = more if self.residual_multiplier == 1 else more * self.residual_multiplier
+        return constrain(x + more, mesh, "batch", "seq", None)

@@ -34,4 +34,4 @@ class Linear(nnx.Module):
         size = math.prod(kernel.shape[: self.num_in])
         y_TO = x.reshape(-1, size) @ kernel.reshape(size, -1)
         y = y_TO.reshape(*x.shape[:2], *kernel.shape[self.num_in :])
-        return y + self.bias[...].astype(x.dtype) if hasattr(self, "bias") else y
+        return y + self.bias[...].astype(x.dtype)[None, None] if hasattr(self, "bias") else y

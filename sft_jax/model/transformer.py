@@ -1,17 +1,20 @@
 """Token ids, positions and segments of packed rows -> hidden states [B, L, D] after the final norm. Never logits: the
 loss and the sampler multiply by `output_head` as much as they need.
 
-Parameters travel as a flat dict by dotted path, layers stacked in front:
+Parameters travel as a flat dict by dotted path. Layers come in groups that repeat a pattern (families.py), and the
+layers at one place of a group's pattern are stacked in front. A model of like layers has one group of one place, 0.0:
 
-    embed.embedding                              [V, D]
-    layers.attention_norm.scale                  [layers, D]
-    layers.attention.{query, key, value}.kernel  [layers, D, N or K, H]
-    layers.attention.out.kernel                  [layers, N, H, D]
-    layers.mlp_norm.scale                        [layers, D]
-    layers.mlp.{gate, up}.kernel                 [layers, D, F]
-    layers.mlp.down.kernel                       [layers, F, D]
-    final_norm.scale                             [D]
-    head.kernel                                  [V, D]          only where the embedding is not tied
+    embed.embedding                                  [V, D]
+    layers.0.0.attention_norm.scale                  [repeats, D]
+    layers.0.0.attention.{query, key, value}.kernel  [repeats, D, N or K, H]
+    layers.0.0.attention.out.kernel                  [repeats, N, H, D]
+    layers.0.0.mlp_norm.scale                        [repeats, D]
+    layers.0.0.mlp.{gate, up}.kernel                 [repeats, D, F]
+    layers.0.0.mlp.down.kernel                       [repeats, F, D]
+    final_norm.scale                                 [D]
+    head.kernel                                      [V, D]          only where the embedding is not tied
+
+and where the family has them, biases, norms of queries and keys, and norms after attention and MLP.
 """
 
 import functools
@@ -26,26 +29,33 @@ from jax.sharding import AbstractMesh, Mesh
 from jax.typing import DTypeLike
 
 from sft_jax.datatypes import ConfigError
-from sft_jax.model.attention import Rows, attend
-from sft_jax.model.families import TransformerConfig
-from sft_jax.model.layers import DecoderLayer, RMSNorm, rope_for
+from sft_jax.model.attention import Rows, Scores, attend, segment_lengths
+from sft_jax.model.families import LayerConfig, TransformerConfig, list_layers
+from sft_jax.model.layers import Attend, DecoderLayer, make_norm
 from sft_jax.model.linear import Linear
+from sft_jax.model.rope import Rope, RopeConfig, rope_for, rotate
 from sft_jax.sharding import constrain
 from sft_jax.typing import Array, Float, Int, Key
 
 Params = dict[str, Array]
 
 # The logical dims of every parameter; sharding.RULES maps them to mesh axes. Each path matches exactly one pattern.
+_LAYER = r"layers\.\d+\.\d+\."
 LOGICAL_DIMS: tuple[tuple[str, tuple[str | None, ...]], ...] = (
     (r"embed\.embedding", ("vocab", "embed")),
     (r"head\.kernel", ("vocab", "embed")),
     (r"final_norm\.scale", ("norm",)),
-    (r"layers\.(attention|mlp)_norm\.scale", ("layers", "norm")),
-    (r"layers\.attention\.query\.kernel", ("layers", "embed", "heads", "head_dim")),
-    (r"layers\.attention\.(key|value)\.kernel", ("layers", "embed", "kv_heads", "head_dim")),
-    (r"layers\.attention\.out\.kernel", ("layers", "heads", "head_dim", "embed")),
-    (r"layers\.mlp\.(gate|up)\.kernel", ("layers", "embed", "mlp")),
-    (r"layers\.mlp\.down\.kernel", ("layers", "mlp", "embed")),
+    (_LAYER + r"(attention|mlp)_(post_)?norm\.scale", ("layers", "norm")),
+    (_LAYER + r"attention\.query\.kernel", ("layers", "embed", "heads", "head_dim")),
+    (_LAYER + r"attention\.(key|value)\.kernel", ("layers", "embed", "kv_heads", "head_dim")),
+    (_LAYER + r"attention\.query\.bias", ("layers", "heads", "head_dim")),
+    (_LAYER + r"attention\.(key|value)\.bias", ("layers", "kv_heads", "head_dim")),
+    (_LAYER + r"attention\.(query|key)_norm\.scale", ("layers", "norm")),
+    (_LAYER + r"attention\.out\.kernel", ("layers", "heads", "head_dim", "embed")),
+    (_LAYER + r"mlp\.(gate|up)\.kernel", ("layers", "embed", "mlp")),
+    (_LAYER + r"mlp\.(gate|up)\.bias", ("layers", "mlp")),
+    (_LAYER + r"mlp\.down\.kernel", ("layers", "mlp", "embed")),
+    (_LAYER + r"(attention\.out|mlp\.down)\.bias", ("layers", "norm")),
 )
 
 
@@ -65,13 +75,17 @@ class EmbeddingNoise(NamedTuple):
 
 
 class KVCache(NamedTuple):
-    """Keys and values of one sequence per row; the token at position p lies in slot p.
+    """Keys (turned by their positions) and values of one sequence per row, for the layers at one place of a group; the
+    token at position p lies in slot p.
 
     A query at position p sees slots 0 to p, all written by then; what lies beyond is left over from padding, or empty.
     """
 
-    keys: Float[Array, "layers B M K H"]
-    values: Float[Array, "layers B M K H"]
+    keys: Float[Array, "repeats B M K H"]
+    values: Float[Array, "repeats B M K H"]
+
+
+Cache = tuple[tuple[KVCache, ...], ...]  # by group and place
 
 
 class Embedding(nnx.Module):
@@ -90,15 +104,20 @@ class Embedding(nnx.Module):
 
 
 class Transformer(nnx.Module):
-    """The decoder. Layers are one stacked module, run by `jax.lax.scan`."""
+    """The decoder. The layers at one place of a group are one stacked module; `jax.lax.scan` runs the repeats."""
 
     def __init__(self, config: TransformerConfig, key: Key[Array, ""], dtype: DTypeLike):
         embed_key, layers_key, head_key = jax.random.split(key, 3)
         self.config = config
         self.embed = Embedding(config, embed_key, dtype)
-        layer_keys = jax.random.split(layers_key, config.num_layers)
-        self.layers = jax.vmap(lambda layer_key: DecoderLayer(config, layer_key, dtype))(layer_keys)
-        self.final_norm = RMSNorm(config.embed_dim, config.norm_eps, dtype)
+        keys, groups = jax.random.split(layers_key, config.num_layers), []
+        for group in config.layers:
+            group_keys, keys = jnp.split(keys, [group.repeats * len(group.pattern)])
+            make_stack = jax.vmap(lambda layer_key: DecoderLayer(config, layer_key, dtype))
+            places = range(len(group.pattern))
+            groups.append(nnx.List([make_stack(group_keys[place :: len(group.pattern)]) for place in places]))
+        self.layers = nnx.List(groups)
+        self.final_norm = make_norm(config, config.embed_dim, dtype)
         if not config.tie_embeddings:  # laid out as the embedding is, [V, D]; a tied head reads the embedding itself
             std = config.initializer_range
             self.head = Linear((config.vocab_size,), (config.embed_dim,), std, head_key, dtype)
@@ -114,61 +133,112 @@ class Transformer(nnx.Module):
         mesh: Mesh | AbstractMesh | None,
         noise: EmbeddingNoise | None,
     ) -> Float[Array, "B L D"]:
-        rope = rope_for(rows.positions, self.config, compute_dtype)
-        x = self.embed(inputs, compute_dtype, mesh)
+        ropes = self._ropes(rows.positions, functools.partial(segment_lengths, rows), compute_dtype)
+        x = self._embed(inputs, compute_dtype, mesh)
         if noise is not None:
             x = x + _draw_noise(noise, rows, x.shape[-1]).astype(x.dtype)
 
-        def run_layer(x: Array, layer: DecoderLayer) -> tuple[Array, None]:
-            return layer(x, rope, lambda q, k, v: (attend(attention, q, k, v, rows), None), mesh)
+        def make_attend(layer: LayerConfig) -> Attend:
+            rope, scores = ropes[layer.rope], self._scores(layer)
 
-        x, _ = jax.lax.scan(_rematerialized(run_layer, remat), x, self.layers)
+            def attend_rows(q: Array, k: Array, v: Array, sinks: Array | None = None) -> tuple[Array, None]:
+                return attend(attention, rotate(q, rope), rotate(k, rope), v, rows, scores, sinks=sinks), None
+
+            return attend_rows
+
+        for group, places in zip(self.config.layers, self.layers, strict=True):
+            run_layers = [
+                _rematerialized(functools.partial(_run_layer, attend=make_attend(layer), mesh=mesh), remat)
+                for layer in group.pattern
+            ]
+
+            def run_pattern(x: Array, layers: Any, run_layers: Any = run_layers) -> tuple[Array, None]:
+                for run_layer, layer in zip(run_layers, layers, strict=True):
+                    x = run_layer(x, layer)
+                return x, None
+
+            x, _ = jax.lax.scan(run_pattern, x, tuple(places))
         return self.final_norm(x)
 
     def decode(
         self,
         inputs: Int[Array, "B L"],
         positions: Int[Array, "B L"],
-        cache: KVCache,
+        lengths: Int[Array, " B"],
+        cache: Cache,
         *,
         compute_dtype: DTypeLike,
         attention: str,
         mesh: Mesh | AbstractMesh | None,
-    ) -> tuple[Float[Array, "B L D"], KVCache]:
-        batch, num_slots = cache.keys.shape[1:3]
+    ) -> tuple[Float[Array, "B L D"], Cache]:
+        batch, num_slots = cache[0][0].keys.shape[1:3]
         row, slot = jnp.arange(batch)[:, None], positions
         slots = jnp.broadcast_to(jnp.arange(num_slots)[None], (batch, num_slots))
         rows, kv_rows = (Rows(places, jnp.ones_like(places)) for places in (positions, slots))
-        rope = rope_for(positions, self.config, compute_dtype)
+        ropes = self._ropes(positions, lambda: jnp.broadcast_to(lengths[:, None], positions.shape), compute_dtype)
 
-        def run_layer(carry: tuple[Array, Array, Array], scanned: tuple[DecoderLayer, Array]) -> tuple[Any, None]:
-            x, keys, values = carry
-            layer, i = scanned
+        def make_attend(layer: LayerConfig, stack: KVCache, repeat: Array) -> Attend:
+            rope, scores = ropes[layer.rope], self._scores(layer)
 
-            def attend_cached(q: Array, k: Array, v: Array) -> tuple[Array, tuple[Array, Array]]:
-                all_keys = keys.at[i, row, slot].set(k.astype(keys.dtype))
-                all_values = values.at[i, row, slot].set(v.astype(values.dtype))
-                return attend(attention, q, all_keys[i], all_values[i], rows, kv_rows), (all_keys, all_values)
+            def attend_cached(q: Array, k: Array, v: Array, sinks: Array | None = None) -> tuple[Array, KVCache]:
+                turned = rotate(k, rope).astype(stack.keys.dtype)
+                keys = stack.keys.at[repeat, row, slot].set(turned)
+                values = stack.values.at[repeat, row, slot].set(v.astype(stack.values.dtype))
+                seen = keys[repeat], values[repeat]
+                mixed = attend(attention, rotate(q, rope), *seen, rows, scores, kv_rows, sinks)
+                return mixed, KVCache(keys, values)
 
-            x, (keys, values) = layer(x, rope, attend_cached, mesh)
-            return (x, keys, values), None
+            return attend_cached
 
-        carry = (self.embed(inputs, compute_dtype, mesh), cache.keys, cache.values)
-        (x, keys, values), _ = jax.lax.scan(run_layer, carry, (self.layers, jnp.arange(self.config.num_layers)))
-        return self.final_norm(x), KVCache(keys, values)
+        x, new_cache = self._embed(inputs, compute_dtype, mesh), []
+        for group, places, stacks in zip(self.config.layers, self.layers, cache, strict=True):
+
+            def run_pattern(carry: Any, scanned: Any, pattern: Any = group.pattern) -> tuple[Any, None]:
+                (x, stacks), (layers, repeat) = carry, scanned
+                new_stacks = []
+                for config, layer, stack in zip(pattern, layers, stacks, strict=True):
+                    x, new_stack = layer(x, make_attend(config, stack, repeat), mesh)
+                    new_stacks.append(new_stack)
+                return (x, tuple(new_stacks)), None
+
+            (x, stacks), _ = jax.lax.scan(run_pattern, (x, stacks), (tuple(places), jnp.arange(group.repeats)))
+            new_cache.append(stacks)
+        return self.final_norm(x), tuple(new_cache)
+
+    def _embed(self, inputs: Array, compute_dtype: DTypeLike, mesh: Mesh | AbstractMesh | None) -> Array:
+        x = self.embed(inputs, compute_dtype, mesh)
+        return x if self.config.embedding_multiplier == 1 else x * self.config.embedding_multiplier
+
+    def _scores(self, layer: LayerConfig) -> Scores:
+        scale = self.config.attention_scale or self.config.head_dim**-0.5
+        return Scores(scale, layer.window, self.config.attention_softcap)
+
+    def _ropes(
+        self, positions: Array, lengths: Callable[[], Array], compute_dtype: DTypeLike
+    ) -> dict[RopeConfig | None, Rope | None]:
+        """The rotations of each kind of layer, made once."""
+        ropes: dict[RopeConfig | None, Rope | None] = {None: None}
+        for layer in list_layers(self.config):
+            if layer.rope is not None and layer.rope not in ropes:
+                own_lengths = lengths() if layer.rope.needs_lengths else None
+                ropes[layer.rope] = rope_for(positions, own_lengths, layer.rope, self.config.head_dim, compute_dtype)
+        return ropes
+
+
+def _run_layer(x: Array, layer: DecoderLayer, attend: Attend, mesh: Mesh | AbstractMesh | None) -> Array:
+    return layer(x, attend, mesh)[0]
 
 
 def _draw_noise(noise: EmbeddingNoise, rows: Rows, embed_dim: int) -> Float[Array, "B L D"]:
     """Uniform in +-alpha / sqrt(n * D), with n the tokens of the segment. Source: arXiv:2310.05914, algorithm 1."""
     length = rows.segment_ids.shape[1]
     draw = functools.partial(jax.random.uniform, shape=(length, embed_dim), minval=-1.0, maxval=1.0)
-    segment_length = jnp.sum(rows.segment_ids[:, :, None] == rows.segment_ids[:, None, :], axis=-1)
-    scale = jnp.where(rows.segment_ids != 0, noise.alpha / jnp.sqrt(segment_length * embed_dim), 0)
+    scale = jnp.where(rows.segment_ids != 0, noise.alpha / jnp.sqrt(segment_lengths(rows) * embed_dim), 0)
     return scale[:, :, None] * jax.vmap(draw)(noise.keys)
 
 
 def _rematerialized(body: Callable[..., Any], name: str) -> Callable[..., Any]:
-    """What the backward pass of a scanned layer recomputes (config.model.remat)."""
+    """What the backward pass of a layer recomputes (config.model.remat)."""
     if name == "none":
         return body
     if name == "dots":  # keeps the outputs of the projections, not of attention's products
@@ -186,8 +256,13 @@ def _graphdef(config: TransformerConfig) -> Any:
 
 
 def _merge(params: Mapping[str, Array], config: TransformerConfig) -> Transformer:
-    state = nnx.from_flat_state([(tuple(path.split(".")), nnx.Param(value)) for path, value in params.items()])
+    state = nnx.from_flat_state([(_keys(path), nnx.Param(value)) for path, value in params.items()])
     return nnx.merge(_graphdef(config), state)
+
+
+def _keys(path: str) -> tuple[str | int, ...]:
+    """`layers.0.1.mlp` -> ("layers", 0, 1, "mlp")."""
+    return tuple(int(part) if part.isdigit() else part for part in path.split("."))
 
 
 def init_params(config: TransformerConfig, key: Key[Array, ""], dtype: DTypeLike) -> Params:
@@ -235,12 +310,13 @@ def decode(
     config: TransformerConfig,
     inputs: Int[Array, "B L"],
     positions: Int[Array, "B L"],
-    cache: KVCache,
+    lengths: Int[Array, " B"],
+    cache: Cache,
     *,
     compute_dtype: DTypeLike,
     attention: str,
     mesh: Mesh | AbstractMesh | None = None,
-) -> tuple[Float[Array, "B L D"], KVCache]:
+) -> tuple[Float[Array, "B L D"], Cache]:
     """Hidden states of the next tokens of each row, which see what the cache holds and each other; and the new cache.
 
     Positions also say the slots. Filling with prompts of 3 and 2 tokens, then one step: the second row's padding takes
@@ -250,15 +326,20 @@ def decode(
                    5 6 .         3
         positions  0 1 2         3
                    0 1 2         2
+        lengths    3 2           4 3      tokens so far, which some ropes ask for
     """
     model = _merge(params, config)
-    return model.decode(inputs, positions, cache, compute_dtype=compute_dtype, attention=attention, mesh=mesh)
+    return model.decode(inputs, positions, lengths, cache, compute_dtype=compute_dtype, attention=attention, mesh=mesh)
 
 
-def empty_cache(config: TransformerConfig, batch_size: int, num_slots: int, dtype: DTypeLike) -> KVCache:
+def empty_cache(config: TransformerConfig, batch_size: int, num_slots: int, dtype: DTypeLike) -> Cache:
     """A cache of `num_slots` tokens a row with nothing in it."""
-    shape = (config.num_layers, batch_size, num_slots, config.num_kv_heads, config.head_dim)
-    return KVCache(jnp.zeros(shape, dtype), jnp.zeros(shape, dtype))
+
+    def empty(repeats: int) -> KVCache:
+        shape = (repeats, batch_size, num_slots, config.num_kv_heads, config.head_dim)
+        return KVCache(jnp.zeros(shape, dtype), jnp.zeros(shape, dtype))
+
+    return tuple(tuple(empty(group.repeats) for _ in group.pattern) for group in config.layers)
 
 
 def output_head(params: Mapping[str, Array]) -> Float[Array, "V D"]:

@@ -23,6 +23,7 @@ from jax.sharding import AbstractMesh, Mesh
 from jax.sharding import PartitionSpec as P
 
 from sft_jax.config_schema import LossConfig
+from sft_jax.model.logits import PLAIN_LOGITS, LogitShape
 from sft_jax.sharding import BATCH_AXES
 from sft_jax.typing import Array, Float, Int
 
@@ -47,8 +48,9 @@ def sum_cross_entropy(
     loss_weights: Float[Array, "B L"],
     config: LossConfig,
     mesh: Mesh | AbstractMesh | None = None,
+    logit_shape: LogitShape = PLAIN_LOGITS,
 ) -> LossSums:
-    """Weighted cross-entropy of `targets` under the logits `hidden @ head.T`, in float32 or wider.
+    """Weighted cross-entropy of `targets` under the logits of `hidden @ head.T`, in float32 or wider.
 
     Per position, with p the softmax, Z its normaliser, s `label_smoothing` and z `z_loss_weight`:
 
@@ -58,20 +60,21 @@ def sum_cross_entropy(
 
     Args:
       mesh: splits rows over the batch axes and the vocabulary over `tensor`; None: one device.
+      logit_shape: how the model makes logits of the products.
     """
-    return _sums(hidden, head, targets, loss_weights, config, mesh)
+    return _sums(hidden, head, targets, loss_weights, config, mesh, logit_shape)
 
 
-@partial(jax.custom_vjp, nondiff_argnums=(4, 5))
-def _sums(hidden: Any, head: Any, targets: Any, weights: Any, config: LossConfig, mesh: Any) -> LossSums:
-    return _run(hidden, head, targets, weights, config, mesh, with_grads=False)[0]
+@partial(jax.custom_vjp, nondiff_argnums=(4, 5, 6))
+def _sums(hidden: Any, head: Any, targets: Any, weights: Any, config: LossConfig, mesh: Any, shape: Any) -> LossSums:
+    return _run(hidden, head, targets, weights, config, mesh, shape, with_grads=False)[0]
 
 
-def _sums_fwd(hidden: Any, head: Any, targets: Any, weights: Any, config: LossConfig, mesh: Any) -> Any:
-    return _run(hidden, head, targets, weights, config, mesh, with_grads=True)
+def _sums_fwd(hidden: Any, head: Any, targets: Any, weights: Any, config: LossConfig, mesh: Any, shape: Any) -> Any:
+    return _run(hidden, head, targets, weights, config, mesh, shape, with_grads=True)
 
 
-def _sums_bwd(config: LossConfig, mesh: Any, grads: tuple[Array, Array], cotangent: LossSums) -> Any:
+def _sums_bwd(config: LossConfig, mesh: Any, shape: Any, grads: tuple[Array, Array], cotangent: LossSums) -> Any:
     hidden_grad, head_grad = grads
     scale = cotangent.loss_sum
     return (hidden_grad * scale).astype(hidden_grad.dtype), (head_grad * scale).astype(head_grad.dtype), None, None
@@ -80,9 +83,11 @@ def _sums_bwd(config: LossConfig, mesh: Any, grads: tuple[Array, Array], cotange
 _sums.defvjp(_sums_fwd, _sums_bwd)
 
 
-def _run(hidden: Any, head: Any, targets: Any, weights: Any, config: LossConfig, mesh: Any, with_grads: bool) -> Any:
+def _run(
+    hidden: Any, head: Any, targets: Any, weights: Any, config: LossConfig, mesh: Any, shape: Any, with_grads: bool
+) -> Any:
     """(LossSums, (gradient of hidden, gradient of head) or None), over the mesh or on one device."""
-    local = partial(_local_sums, config=config, mesh=mesh, with_grads=with_grads)
+    local = partial(_local_sums, config=config, mesh=mesh, logit_shape=shape, with_grads=with_grads)
     if mesh is None:
         return local(hidden, head, targets, weights)
     tokens, vocab = P(BATCH_AXES, "context"), P("tensor", None)
@@ -104,6 +109,7 @@ def _local_sums(
     weights_BL: Any,
     config: LossConfig,
     mesh: Any,
+    logit_shape: LogitShape,
     with_grads: bool,
 ) -> Any:
     """The work of one device: all of its positions against its rows of the head."""
@@ -130,7 +136,8 @@ def _local_sums(
         hidden_CD = hidden_TD.at[picked].get(mode="fill", fill_value=0)
         weights_C = weights_T.at[picked].get(mode="fill", fill_value=0)
         ids_C = targets_T.at[picked].get(mode="fill", fill_value=0) - first_id
-        logits_CV = jax.lax.dot_general(hidden_CD, head_VD, (((1,), (1,)), ((), ())), preferred_element_type=dtype)
+        products_CV = jax.lax.dot_general(hidden_CD, head_VD, (((1,), (1,)), ((), ())), preferred_element_type=dtype)
+        logits_CV = logit_shape.apply(products_CV)
 
         max_C = over_vocab(jax.lax.pmax, jnp.max(logits_CV, axis=-1))
         exp_CV = jnp.exp(logits_CV - max_C[:, None])
@@ -161,9 +168,8 @@ def _local_sums(
         grad_CV = exp_CV * factor_C[:, None] - jnp.where(is_target_CV, ((1 - smoothing) * weights_C)[:, None], 0)
         if smoothing:
             grad_CV = grad_CV - (smoothing / vocab_size * weights_C)[:, None]
-        grad_CV = grad_CV.astype(
-            head_VD.dtype
-        )  # matmuls of the backward pass run in the compute dtype, like the forward
+        # Matmuls of the backward pass run in the compute dtype, like the forward.
+        grad_CV = logit_shape.pull_back(grad_CV, logits_CV).astype(head_VD.dtype)
         hidden_grad_CD = over_vocab(jax.lax.psum, jnp.dot(grad_CV, head_VD, preferred_element_type=dtype))
         head_grad_VD = jax.lax.dot_general(grad_CV, hidden_CD, (((0,), (0,)), ((), ())), preferred_element_type=dtype)
         return carry | {

@@ -115,7 +115,7 @@ def sum_batch_loss(
         noise=noise,
     )
     head = output_head(every).astype(dtype)
-    sums = sum_cross_entropy(hidden, head, batch.targets, batch.loss_weights, config.loss, mesh)
+    sums = sum_cross_entropy(hidden, head, batch.targets, batch.loss_weights, config.loss, mesh, model.logit_shape)
     return sums.loss_sum, sums
 
 

@@ -8,12 +8,14 @@ from pathlib import Path
 import numpy as np
 import safetensors.numpy
 
-from sft_jax.model.families import TransformerConfig, to_hf_config
+from sft_jax.model.families import LayerConfig, TransformerConfig, same_layers
+from sft_jax.model.hf_config import to_hf_config
+from sft_jax.model.rope import RopeConfig
 
 # Every size differs, so that no two dims can be confused.
 TINY = TransformerConfig(
-    vocab_size=40, num_layers=3, embed_dim=16, mlp_dim=32, num_heads=8, num_kv_heads=4, head_dim=6, rope_theta=10_000.0,
-    norm_eps=1e-5, tie_embeddings=False, max_position=64,
+    vocab_size=40, layers=same_layers(3, LayerConfig(rope=RopeConfig(theta=10_000.0))), embed_dim=16, mlp_dim=32,
+    num_heads=8, num_kv_heads=4, head_dim=6, norm_eps=1e-5, tie_embeddings=False, max_position=64,
 )  # fmt: skip
 TINY_TIED = dataclasses.replace(TINY, tie_embeddings=True)
 

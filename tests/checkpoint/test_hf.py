@@ -22,6 +22,7 @@ from sft_jax.checkpoint.hf import check_export_target, export_pretrained, load_p
 from sft_jax.config_schema import MeshConfig
 from sft_jax.data.tokenizer import Tokenizer, load_tokenizer
 from sft_jax.datatypes import ConfigError, StorageError
+from sft_jax.model.families import with_num_layers
 from sft_jax.model.transformer import abstract_params, forward, logical_dims, output_head
 from sft_jax.sharding import build_mesh, shardings_for
 
@@ -56,9 +57,9 @@ def test_parameters_hold_the_folder_s_numbers(folder: Path) -> None:
     np.testing.assert_array_equal(params["head.kernel"], tensors["lm_head.weight"])
     for layer in range(TINY.num_layers):
         gate = tensors[f"model.layers.{layer}.mlp.gate_proj.weight"]
-        np.testing.assert_array_equal(params["layers.mlp.gate.kernel"][layer], gate.T)
+        np.testing.assert_array_equal(params["layers.0.0.mlp.gate.kernel"][layer], gate.T)
         value = tensors[f"model.layers.{layer}.self_attn.v_proj.weight"].reshape(4, 6, 16)  # [K, H, D]
-        np.testing.assert_array_equal(params["layers.attention.value.kernel"][layer], np.einsum("khd->dkh", value))
+        np.testing.assert_array_equal(params["layers.0.0.attention.value.kernel"][layer], np.einsum("khd->dkh", value))
 
 
 @pytest.mark.parametrize("axes", MESHES, ids=str)
@@ -79,7 +80,7 @@ def test_weights_are_cast_once_from_the_stored_dtype(tmp_path: Path, stored: str
     tensors = {name: values.astype(jnp.dtype(stored)) for name, values in llama_tensors(TINY).items()}
     params = load_pretrained(write_folder(tmp_path / "model", TINY, tensors), TINY, None, wanted)
     expected = tensors["model.layers.2.mlp.up_proj.weight"].astype(jnp.dtype(wanted)).T
-    got = np.asarray(params["layers.mlp.up.kernel"][2])
+    got = np.asarray(params["layers.0.0.mlp.up.kernel"][2])
     assert got.dtype == expected.dtype
     assert got.tobytes() == expected.tobytes()
 
@@ -176,7 +177,7 @@ def test_export_then_import_is_the_identity_in_every_dtype(folder: Path, tmp_pat
 
 def test_numbers_that_the_export_cannot_hold_are_refused(folder: Path, tmp_path: Path) -> None:
     params = load_pretrained(folder, TINY, None, "float32")
-    params["layers.mlp.up.kernel"] = params["layers.mlp.up.kernel"].at[2, 0, 0].set(1e6)
+    params["layers.0.0.mlp.up.kernel"] = params["layers.0.0.mlp.up.kernel"].at[2, 0, 0].set(1e6)
     export(tmp_path / "wide", params, TINY, "bfloat16")
     with pytest.raises(
         StorageError, match=r"layers\.2\.mlp\.up_proj\.weight has NaN or infinite values \(as float16\)"
@@ -279,7 +280,7 @@ print(imported, exported)
 @pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="needs Linux's /proc to measure memory")
 def test_neither_way_holds_the_model_on_the_host(tmp_path: Path) -> None:
     config = dataclasses.replace(
-        TINY, vocab_size=4096, num_layers=16, embed_dim=512, mlp_dim=2048, head_dim=64, num_kv_heads=8
+        with_num_layers(TINY, 16), vocab_size=4096, embed_dim=512, mlp_dim=2048, head_dim=64, num_kv_heads=8
     )
     num_bytes = write_sparse_folder(tmp_path / "model", config)
     assert num_bytes > 250_000_000

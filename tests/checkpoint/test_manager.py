@@ -14,7 +14,7 @@ from sft_jax.sharding import build_mesh
 
 def make_state(mesh, scale=1.0):
     place = lambda x, s: jax.device_put(x, NamedSharding(mesh, s))  # noqa: E731
-    params = {"layers.mlp.up.kernel": place(scale * jnp.arange(16.0).reshape(8, 2), PartitionSpec("fsdp"))}
+    params = {"layers.0.0.mlp.up.kernel": place(scale * jnp.arange(16.0).reshape(8, 2), PartitionSpec("fsdp"))}
     count = place(jnp.asarray(3, jnp.int32), PartitionSpec())
     return {"step": count, "params": params, "opt_state": (params, {"count": count})}
 
@@ -54,7 +54,7 @@ def test_saving_a_saved_step_again_leaves_it(tmp_path):
     manager.save(1, make_state(mesh), {})
     manager.save(1, make_state(mesh, scale=2.0), {})
     restored, _ = manager.restore(1, abstract(make_state(mesh)))
-    assert restored["params"]["layers.mlp.up.kernel"][0, 1] == 1
+    assert restored["params"]["layers.0.0.mlp.up.kernel"][0, 1] == 1
     manager.close()
 
 

@@ -8,12 +8,14 @@ import pytest
 
 from sft_jax.datatypes import ConfigError, DataError
 from sft_jax.inference.sampler import choose_tokens, generate, score_tokens
-from sft_jax.model.families import TransformerConfig
+from sft_jax.model.families import LayerConfig, TransformerConfig, same_layers
+from sft_jax.model.rope import RopeConfig
 from sft_jax.model.transformer import forward, init_params, output_head
 
 CONFIG = TransformerConfig(
-    vocab_size=32, num_layers=2, embed_dim=16, mlp_dim=24, num_heads=4, num_kv_heads=2, head_dim=4,
-    rope_theta=100.0, norm_eps=1e-5, tie_embeddings=False, max_position=64, initializer_range=0.4,
+    vocab_size=32, layers=same_layers(2, LayerConfig(rope=RopeConfig(theta=100.0))), embed_dim=16, mlp_dim=24,
+    num_heads=4, num_kv_heads=2, head_dim=4, norm_eps=1e-5, tie_embeddings=False, max_position=64,
+    initializer_range=0.4,
 )  # fmt: skip
 PROMPTS = [[5, 9, 3], [7], [1, 2, 3, 4, 5, 6, 7, 8], [30, 2], [4, 4, 4, 4, 4]]  # with 8 new tokens each fits 16 slots
 

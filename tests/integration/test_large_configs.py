@@ -10,7 +10,8 @@ import pytest
 
 from sft_jax.command_line import read_config
 from sft_jax.experiment import ModelOnMesh
-from sft_jax.model.families import num_params, preset_config
+from sft_jax.model.families import num_params
+from sft_jax.model.presets import preset_config
 from sft_jax.model.transformer import LOGICAL_DIMS, abstract_params, logical_dims
 from sft_jax.sharding import abstract_batch, build_abstract_mesh, check_batch_divides, shardings_for
 from sft_jax.training.optimizer import build_schedule

@@ -1,3 +1,5 @@
+from functools import partial
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -5,9 +7,14 @@ import pytest
 
 from sft_jax.datatypes import ConfigError
 from sft_jax.model import attention
-from sft_jax.model.attention import Rows, attend
+from sft_jax.model.attention import Rows, Scores, attend
 
-reference = jax.jit(attention.reference)
+SCORES = Scores(0.5)  # of heads of 4
+
+
+@partial(jax.jit, static_argnames="scores")
+def reference(q, k, v, rows, kv_rows=None, sinks=None, scores=SCORES):
+    return attention.reference(q, k, v, rows, scores, kv_rows, sinks)
 
 
 @pytest.fixture(autouse=True)
@@ -34,17 +41,22 @@ def pack_rows(*rows_of_lengths, length):
     return Rows(jnp.asarray(positions), jnp.asarray(segment_ids))
 
 
-def attend_slowly(q, k, v, rows, kv_rows):
+def attend_slowly(q, k, v, rows, kv_rows, window=None, softcap=None, sinks=None):
     """Query by query, from the definition."""
     q, k, v, positions, segments, kv_positions, kv_segments = map(np.asarray, (q, k, v, *rows, *kv_rows))
     groups = q.shape[2] // k.shape[2]
-    out = np.zeros_like(q)
+    out = np.zeros((*q.shape[:3], v.shape[3]))
     for b, i, n in np.ndindex(q.shape[:3]):
         seen = (kv_segments[b] == segments[b, i]) & (kv_positions[b] <= positions[b, i]) & (segments[b, i] != 0)
+        if window:
+            seen &= kv_positions[b] > positions[b, i] - window
         if seen.any():
             scores = k[b, seen, n // groups] @ q[b, i, n] / np.sqrt(q.shape[3])
-            weights = np.exp(scores - scores.max())
-            out[b, i, n] = weights @ v[b, seen, n // groups] / weights.sum()
+            scores = softcap * np.tanh(scores / softcap) if softcap else scores
+            weights, sink = np.exp(scores - scores.max()), 0
+            if sinks is not None:
+                sink = np.exp(sinks[n] - scores.max())
+            out[b, i, n] = weights @ v[b, seen, n // groups] / (weights.sum() + sink)
     return out
 
 
@@ -56,6 +68,19 @@ def test_reference_follows_the_definition(length, packed, num_heads, num_kv_head
     expected = attend_slowly(q, k, v, rows, rows)
     np.testing.assert_allclose(reference(q, k, v, rows), expected, atol=1e-12)
     np.testing.assert_allclose(reference(q, k, v, rows, rows), expected, atol=1e-12)
+
+
+@pytest.mark.parametrize("options", [{"window": 1}, {"window": 7}, {"window": 130}, {"softcap": 0.7}, {"sinks": True},
+                                     {"window": 90, "softcap": 2.0, "sinks": True}])  # fmt: skip
+def test_windows_softcaps_and_sinks_follow_the_definition(options):
+    q, k, v = make_qkv(2, 300, 4, 2, head_dim=4)
+    v = v[..., :3]  # values may be narrower than keys
+    rows = pack_rows([120, 70, 100], [130, 170], length=300)
+    sinks = np.array([-1.0, 0.0, 1.0, 5.0]) if options.pop("sinks", False) else None
+    expected = attend_slowly(q, k, v, rows, rows, sinks=sinks, **options)
+    scores = SCORES._replace(**options)
+    np.testing.assert_allclose(reference(q, k, v, rows, sinks=sinks, scores=scores), expected, atol=1e-12)
+    np.testing.assert_allclose(reference(q, k, v, rows, rows, sinks=sinks, scores=scores), expected, atol=1e-12)
 
 
 def test_queries_read_a_cache_of_other_length_and_order():
@@ -98,7 +123,7 @@ def test_large_scores_do_not_overflow():
 def test_bfloat16_keeps_the_softmax_in_float32():
     q, k, v = (x.astype(jnp.bfloat16) for x in make_qkv(1, 64, 2, 2, head_dim=16))
     rows = pack_rows([64], length=64)
-    out = reference(8 * q, k, v, rows)  # scores of about 8, where bfloat16 is off by 0.03
+    out = reference(8 * q, k, v, rows, scores=Scores(0.25))  # scores of about 8, where bfloat16 is off by 0.03
     assert out.dtype == jnp.bfloat16
     expected = attend_slowly(*(x.astype(jnp.float32) for x in (8 * q, k, v)), rows, rows)
     assert np.linalg.norm(out.astype(jnp.float32) - expected) / np.linalg.norm(expected) < 5e-3
@@ -107,4 +132,4 @@ def test_bfloat16_keeps_the_softmax_in_float32():
 def test_unknown_kernel_is_refused():
     q, k, v = make_qkv(1, 5, 1, 1, head_dim=4)
     with pytest.raises(ConfigError, match="'flush'"):
-        attend("flush", q, k, v, pack_rows([5], length=5))
+        attend("flush", q, k, v, pack_rows([5], length=5), SCORES)

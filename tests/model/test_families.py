@@ -1,94 +1,52 @@
+import dataclasses
+
 import pytest
 
 from sft_jax.datatypes import ConfigError
-from sft_jax.model.families import PRESETS, RopeScaling, num_params, preset_config, read_hf_config, to_hf_config
+from sft_jax.model.families import LayerConfig, LayerGroup, group_layers, list_layers, same_layers, with_num_layers
+from sft_jax.model.presets import PRESETS
+from sft_jax.model.rope import LongRopeScaling, RopeConfig
 
-
-def hf_fields(**changes):
-    fields = to_hf_config(PRESETS["llama3.1-8b"], "bfloat16") | changes
-    return {name: value for name, value in fields.items() if value != "absent"}
+WHOLE = LayerConfig(rope=RopeConfig(theta=100.0))
+LOCAL = LayerConfig(rope=RopeConfig(theta=100.0), window=4)
 
 
 @pytest.mark.parametrize(
-    ("preset", "expected"),
-    [("llama3.1-70b", 70_553_706_496), ("llama3.1-8b", 8_030_261_248), ("llama3.2-1b", 1_235_814_400),
-     ("llama2-7b", 6_738_415_616), ("testbed", 869_504), ("w1", 15_191_712)],
-)  # fmt: skip
-def test_presets_have_the_published_sizes(preset, expected):
-    assert num_params(PRESETS[preset]) == expected
+    ("layers", "groups"),
+    [
+        ([WHOLE] * 5, [([WHOLE], 5)]),
+        ([LOCAL, WHOLE] * 3, [([LOCAL, WHOLE], 3)]),
+        (([LOCAL] * 5 + [WHOLE]) * 10 + [LOCAL] * 2, [([LOCAL] * 5 + [WHOLE], 10), ([LOCAL], 2)]),
+        ([WHOLE] * 3 + [LOCAL] * 58, [([WHOLE], 3), ([LOCAL], 58)]),
+        ([WHOLE], [([WHOLE], 1)]),
+    ],
+    ids=["plain", "alternating", "gemma3-27b", "prefix", "one"],
+)
+def test_layers_are_grouped_into_few_places(layers, groups):
+    found = group_layers(layers)
+    assert found == tuple(LayerGroup(tuple(pattern), repeats) for pattern, repeats in groups)
+    assert list_layers(dataclasses.replace(PRESETS["w1"], layers=found)) == layers
 
 
-@pytest.mark.parametrize("preset", PRESETS)
-def test_writing_then_reading_a_config_is_the_identity(preset):
-    assert read_hf_config(to_hf_config(PRESETS[preset], "float32"), "config.json") == PRESETS[preset]
-
-
-def test_both_spellings_of_rope_read_the_same():
-    scaling = {"factor": 8, "low_freq_factor": 1, "high_freq_factor": 4, "original_max_position_embeddings": 8192}
-    new = {"rope_type": "llama3", "rope_theta": 500_000, **scaling}
-    spellings = [
-        hf_fields(),
-        hf_fields(rope_scaling={"type": "llama3", **scaling}),
-        hf_fields(rope_theta="absent", rope_scaling=None, rope_parameters=new),
-    ]
-    assert {read_hf_config(fields, "config.json") for fields in spellings} == {PRESETS["llama3.1-8b"]}
-
-
-def test_absent_keys_have_llamas_defaults():
-    required = {"vocab_size": 99, "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2}
-    config = read_hf_config({"model_type": "llama", "num_attention_heads": 4, **required}, "config.json")
-    assert (config.num_kv_heads, config.head_dim, config.rope_theta, config.rope_scaling) == (4, 8, 10_000.0, None)
-    assert (config.norm_eps, config.tie_embeddings, config.max_position) == (1e-6, False, 2048)
+def test_more_layers_go_on_with_the_pattern():
+    config = dataclasses.replace(PRESETS["w1"], layers=group_layers([LOCAL, WHOLE] * 2))
+    assert list_layers(with_num_layers(config, 7)) == [LOCAL, WHOLE] * 3 + [LOCAL]
+    assert list_layers(with_num_layers(config, 3)) == [LOCAL, WHOLE, LOCAL]
 
 
 @pytest.mark.parametrize(
     ("changes", "named"),
     [
-        ({"model_type": "mamba"}, "'mamba'"),
-        ({"architectures": ["LlamaForSequenceClassification"]}, "LlamaForSequenceClassification"),
-        ({"attention_bias": True}, "attention_bias"),
-        ({"mlp_bias": True}, "mlp_bias"),
-        ({"hidden_act": "gelu"}, "gelu"),
-        ({"attention_dropout": 0.1}, "attention_dropout"),
-        ({"sliding_window": 4096}, "sliding_window"),
-        ({"quantization_config": {"bits": 4}}, "quantization_config"),
-        ({"logit_scale": 0.5}, "logit_scale"),
-        ({"hidden_size": "4096"}, "hidden_size is '4096'; expected int"),
-        ({"hidden_size": True}, "hidden_size is True; expected int"),
-        ({"hidden_size": "absent"}, "has no hidden_size"),
-        ({"num_key_value_heads": 5}, "num_kv_heads 5"),
-        ({"head_dim": 7}, "head_dim is 7"),
-        ({"num_attention_heads": 0}, "num_heads is 0"),
-        ({"rope_scaling": {"rope_type": "yarn", "factor": 4.0}}, "'yarn'"),
-        ({"rope_scaling": {"rope_type": "llama3", "factor": 8.0}}, "low_freq_factor"),
-        ({"rope_scaling": {"rope_type": "default", "factor": 8.0}}, "factor = 8.0"),
-        ({"rope_scaling": None, "rope_parameters": {"rope_theta": 1e4}}, "rope_theta is 10000.0"),
-        ({"rope_parameters": {"rope_theta": 5e5}}, "both"),
+        ({"layers": same_layers(0, WHOLE)}, "num_layers is 0"),
+        ({"layers": same_layers(2, LayerConfig(rope=None, window=0))}, "window is 0"),
+        ({"layers": same_layers(2, LayerConfig(rope=RopeConfig(theta=1.0, fraction=1.5)))}, "of which 72 dims turn"),
+        ({"layers": same_layers(2, LayerConfig(rope=RopeConfig(theta=1.0, scaling=LongRopeScaling(
+            short=(1.0,), long=(1.0,) * 24, original_max_position=4, attention_factor=1.0))))}, "1 short and 24 long"),
+        ({"norms": "last"}, "norms is 'last'"),
+        ({"norm_eps": 0.0}, "norm_eps is 0"),
+        ({"num_kv_heads": 5}, "num_kv_heads 5"),
     ],
-)
-def test_what_would_be_ignored_is_refused_by_name(changes, named):
-    with pytest.raises(ConfigError, match=r"^my/config.json: ") as caught:
-        read_hf_config(hf_fields(**changes), "my/config.json")
-    assert named in str(caught.value)
-
-
-def test_overrides_change_a_preset():
-    config = preset_config("llama3.1-8b", {"num_layers": 2, "rope_theta": 10_000, "rope_scaling": None})
-    assert (config.num_layers, config.rope_theta, config.rope_scaling) == (2, 1e4, None)
-    assert preset_config("w1", {}) == PRESETS["w1"]
-
-
-@pytest.mark.parametrize(
-    ("preset", "overrides", "named"),
-    [("llama9", {}, "llama3.1-8b"), ("w1", {"layers": 2}, "'layers'"), ("w1", {"num_layers": 2.0}, "num_layers is 2.0"),
-     ("w1", {"num_layers": -1}, "num_layers is -1"), ("w1", {"rope_scaling": {}}, "rope_scaling is {}")],
 )  # fmt: skip
-def test_wrong_overrides_are_refused(preset, overrides, named):
-    with pytest.raises(ConfigError, match="model") as caught:
-        preset_config(preset, overrides)
-    assert named in str(caught.value)
-
-
-def test_scaling_is_read():
-    scaling = read_hf_config(hf_fields(), "config.json").rope_scaling
-    assert scaling == RopeScaling(factor=8.0, low_freq_factor=1.0, high_freq_factor=4.0, original_max_position=8192)
+def test_what_no_model_can_be_is_refused(changes, named):
+    with pytest.raises(ConfigError, match=named):
+        dataclasses.replace(PRESETS["w1"], **changes)

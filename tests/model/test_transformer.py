@@ -11,9 +11,10 @@ import pytest
 from sft_jax.config_schema import MeshConfig
 from sft_jax.datatypes import ConfigError
 from sft_jax.model import transformer
-from sft_jax.model.attention import Rows, attend
-from sft_jax.model.families import PRESETS, RopeScaling, TransformerConfig, num_params
-from sft_jax.model.layers import rope_for
+from sft_jax.model.attention import Rows, Scores, attend
+from sft_jax.model.families import LayerConfig, TransformerConfig, num_params, same_layers
+from sft_jax.model.presets import PRESETS
+from sft_jax.model.rope import Llama3Scaling, RopeConfig, rope_for, rotate
 from sft_jax.model.transformer import (
     EmbeddingNoise,
     abstract_params,
@@ -25,11 +26,11 @@ from sft_jax.model.transformer import (
 )
 from sft_jax.sharding import build_mesh, shardings_for
 
-SCALING = RopeScaling(factor=2.0, low_freq_factor=1.0, high_freq_factor=4.0, original_max_position=16)
+SCALING = Llama3Scaling(factor=2.0, low_freq_factor=1.0, high_freq_factor=4.0, original_max_position=16)
+ROPE = RopeConfig(theta=100.0, scaling=SCALING)
 CONFIG = TransformerConfig(
-    vocab_size=32, num_layers=3, embed_dim=16, mlp_dim=24, num_heads=4, num_kv_heads=2, head_dim=4,
-    rope_theta=100.0, rope_scaling=SCALING, norm_eps=1e-5, tie_embeddings=True, max_position=64,
-    initializer_range=0.3,
+    vocab_size=32, layers=same_layers(3, LayerConfig(rope=ROPE)), embed_dim=16, mlp_dim=24, num_heads=4, num_kv_heads=2,
+    head_dim=4, norm_eps=1e-5, tie_embeddings=True, max_position=64, initializer_range=0.3,
 )  # fmt: skip
 UNTIED = dataclasses.replace(CONFIG, tie_embeddings=False)
 PLAIN = {"compute_dtype": jnp.float64, "remat": "none", "attention": "reference"}
@@ -132,16 +133,19 @@ def test_padding_is_finite_and_takes_no_gradient(params):
 def test_scan_equals_a_loop_over_layers(params):
     inputs, positions, segment_ids = PACKED
     model = transformer._merge(params, CONFIG)
-    rope = rope_for(positions, CONFIG, jnp.float64)
+    rope = rope_for(positions, None, ROPE, CONFIG.head_dim, jnp.float64)
     rows = Rows(positions, segment_ids)
 
     @jax.jit
     def run_layer(layer, x):
-        return layer(x, rope, lambda q, k, v: (attend("reference", q, k, v, rows), None), None)[0]
+        def attend_rows(q, k, v):
+            return attend("reference", rotate(q, rope), rotate(k, rope), v, rows, Scores(0.5)), None
+
+        return layer(x, attend_rows, None)[0]
 
     x = model.embed(inputs, jnp.float64, None)
     for i in range(CONFIG.num_layers):
-        x = run_layer(jax.tree.map(lambda leaf, i=i: leaf[i], model.layers), x)
+        x = run_layer(jax.tree.map(lambda leaf, i=i: leaf[i], model.layers[0][0]), x)
     np.testing.assert_allclose(forward(params, *PACKED), model.final_norm(x), rtol=1e-12)
 
 
@@ -191,13 +195,14 @@ def test_cached_decoding_equals_the_whole_row(params, split):
     prompt = 6 - sum(split)
     lengths = jnp.array([prompt, 1])  # the second row's prompt is shorter, and padded
     at = jnp.broadcast_to(jnp.arange(prompt), (2, prompt))
-    hidden, cache = step(inputs[:, :prompt], at, empty_cache(CONFIG, 2, 8, jnp.float64))
+    hidden, cache = step(inputs[:, :prompt], at, lengths, empty_cache(CONFIG, 2, 8, jnp.float64))
     np.testing.assert_allclose(hidden[0], expected[0, :prompt], rtol=1e-9)
     np.testing.assert_allclose(hidden[1, 0], expected[1, 0], rtol=1e-9)
     for count in split:
         at = lengths[:, None] + jnp.arange(count)[None]
         real = at < jnp.array([[6], [4]])
-        hidden, cache = step(jnp.take_along_axis(inputs, jnp.minimum(at, 5), axis=1), at, cache)
+        ids = jnp.take_along_axis(inputs, jnp.minimum(at, 5), axis=1)
+        hidden, cache = step(ids, at, lengths + real.sum(axis=1), cache)
         for row, column in np.argwhere(real):
             np.testing.assert_allclose(hidden[row, column], expected[row, at[row, column]], rtol=1e-9)
         lengths = lengths + real.sum(axis=1)
@@ -236,7 +241,7 @@ def test_every_parameter_is_counted_and_has_one_rule(config):
 
 def test_a_path_without_a_rule_is_refused():
     with pytest.raises(AssertionError, match="matches 0"):
-        logical_dims("layers.attention.query.bias")
+        logical_dims("layers.0.0.attention.query.scale")
 
 
 def test_initialisation_on_a_mesh_equals_one_device():
@@ -247,9 +252,9 @@ def test_initialisation_on_a_mesh_equals_one_device():
     alone = jax.jit(init)(jax.random.key(5))
     spread = jax.jit(init, out_shardings=shardings)(jax.random.key(5))
     assert all(np.array_equal(alone[path], spread[path]) for path in shapes)
-    assert len(spread["layers.mlp.up.kernel"].addressable_shards) == 8
-    assert np.std(alone["layers.mlp.up.kernel"]) == pytest.approx(UNTIED.initializer_range, rel=0.1)
-    assert not np.array_equal(alone["layers.mlp.up.kernel"][0], alone["layers.mlp.up.kernel"][1])
+    assert len(spread["layers.0.0.mlp.up.kernel"].addressable_shards) == 8
+    assert np.std(alone["layers.0.0.mlp.up.kernel"]) == pytest.approx(UNTIED.initializer_range, rel=0.1)
+    assert not np.array_equal(alone["layers.0.0.mlp.up.kernel"][0], alone["layers.0.0.mlp.up.kernel"][1])
 
 
 def test_a_mesh_changes_no_number(params):

@@ -7,7 +7,7 @@ import numpy as np
 import optax
 
 from sft_jax.checkpoint.hf import load_pretrained, read_config
-from sft_jax.checkpoint.hf_names import hf_tensors
+from sft_jax.checkpoint.hf_names import hf_tensors, tensor_rules
 from sft_jax.config_schema import BatchConfig, Config, LossConfig, MeshConfig, ModelConfig, OptimizerConfig
 from sft_jax.datatypes import HostBatch
 from sft_jax.model.transformer import logical_dims
@@ -32,7 +32,7 @@ def step_loss_and_grads(
     )
     model, _ = read_config(folder)
     mesh = build_mesh(mesh_config, jax.devices()[:num_devices])
-    shapes = {rule.path: rule.shape(model) for _, rule, _ in hf_tensors(model)}
+    shapes = {rule.path: rule.shape(model) for rule in tensor_rules(model)}
     shardings = shardings_for(mesh, {path: logical_dims(path) for path in shapes}, shapes)
     params = load_pretrained(folder, model, shardings, "float32")
     optimizer = build_optimizer(config.optimizer)
@@ -45,8 +45,8 @@ def step_loss_and_grads(
         for path in params
     }
     named = {
-        name: rule.to_hf(grads[rule.path][layer] if rule.is_stacked else grads[rule.path])
-        for name, rule, layer in hf_tensors(model)
+        name: np.concatenate([r.to_hf(grads[r.path][place] if r.is_stacked else grads[r.path]) for r in rules])
+        for name, rules, place in hf_tensors(model)
     }
     return float(metrics["loss"]), named
 

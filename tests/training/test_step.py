@@ -17,7 +17,8 @@ from sft_jax.config_schema import (
     OptimizerConfig,
     ScheduleConfig,
 )
-from sft_jax.model.families import TransformerConfig
+from sft_jax.model.families import LayerConfig, TransformerConfig, same_layers
+from sft_jax.model.rope import RopeConfig
 from sft_jax.model.transformer import abstract_params, logical_dims
 from sft_jax.sharding import Batch, build_mesh, shardings_for, spec_for
 from sft_jax.training.optimizer import build_optimizer, build_schedule
@@ -25,8 +26,8 @@ from sft_jax.training.state import abstract_state, init_state, split_params
 from sft_jax.training.step import make_eval_step, make_train_step, sum_batch_loss
 
 MODEL = TransformerConfig(
-    vocab_size=48, num_layers=2, embed_dim=16, mlp_dim=24, num_heads=4, num_kv_heads=4, head_dim=6,
-    rope_theta=100.0, norm_eps=1e-5, tie_embeddings=True, max_position=64, initializer_range=0.3,
+    vocab_size=48, layers=same_layers(2, LayerConfig(rope=RopeConfig(theta=100.0))), embed_dim=16, mlp_dim=24,
+    num_heads=4, num_kv_heads=4, head_dim=6, norm_eps=1e-5, tie_embeddings=True, max_position=64, initializer_range=0.3,
 )  # fmt: skip
 B, L = 8, 16
 

@@ -1,0 +1,52 @@
+"""A JSON object of settings -> its values, each taken once and checked; what nobody took is left to be refused."""
+
+from typing import Any
+
+from sft_jax.datatypes import ConfigError
+
+REQUIRED: Any = object()
+
+
+class Fields:
+    """The keys of a JSON object that no one has taken yet. `where` names the object in errors."""
+
+    def __init__(self, values: dict[str, Any], where: str):
+        self.rest = dict(values)
+        self.where = where
+
+    def take(self, name: str, kind: type, default: Any = REQUIRED) -> Any:
+        """Remove and return a value; where it is absent or null, the default.
+
+        Raises:
+          ConfigError: for another type, or where there is neither value nor default.
+        """
+        return self._check(name, kind, self.rest.pop(name, None), default)
+
+    def take_optional(self, name: str, kind: type, default: Any) -> Any:
+        """As `take`, but null means None and not the default."""
+        is_null = name in self.rest and self.rest[name] is None
+        return None if is_null and not self.rest.pop(name) else self.take(name, kind, default)
+
+    def refuse_rest(self, harmless: frozenset[str], only: dict[str, Any], what: str) -> None:
+        """Raises ConfigError unless every key that is left is null, harmless, or has its only supported value."""
+        rest = {name: value for name, value in self.rest.items() if value is not None and name not in harmless}
+        for name, value in rest.items():
+            if name in only and value != only[name]:
+                raise ConfigError(f"{self.where}: {name} is {value!r}; only {only[name]!r} is supported.")
+        unknown = sorted(rest.keys() - only.keys())
+        if unknown:
+            raise ConfigError(
+                f"{self.where}: {', '.join(f'{name} = {rest[name]!r}' for name in unknown)}: not a known part of "
+                f"{what}, so it might change its numbers. Remove it if it does not."
+            )
+
+    def _check(self, name: str, kind: type, value: Any, default: Any) -> Any:
+        if value is None:
+            if default is REQUIRED:
+                raise ConfigError(f"{self.where}: has no {name}. The model cannot be built without it.")
+            return default
+        if kind is float and type(value) is int:
+            value = float(value)
+        if type(value) is not kind:  # not isinstance: True is an int
+            raise ConfigError(f"{self.where}: {name} is {value!r}; expected {kind.__name__}.")
+        return value

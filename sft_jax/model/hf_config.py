@@ -1,0 +1,209 @@
+"""`config.json` of a Hugging Face folder <-> TransformerConfig.
+
+Reading is strict: a key is understood, or known to change no number, or it is an error. An option that would be ignored
+(a bias, another activation, another rope) is a wrong model with a plausible loss.
+"""
+
+import math
+from typing import Any
+
+from sft_jax.datatypes import ConfigError
+from sft_jax.model.config_fields import Fields
+from sft_jax.model.families import LayerConfig, TransformerConfig, group_layers, list_layers
+from sft_jax.model.family_table import FAMILIES, OPTIONS, Family
+from sft_jax.model.rope import DynamicScaling, RopeConfig
+from sft_jax.model.rope_fields import rope_fields, take_ropes
+
+# Keys that change no number here: identity, storage, generation defaults, reporting.
+_HARMLESS_KEYS = frozenset({
+    "_name_or_path", "_attn_implementation", "_commit_hash", "_from_model_config", "transformers_version",
+    "torch_dtype", "dtype", "use_cache", "bos_token_id", "eos_token_id", "pad_token_id", "pretraining_tp",
+    "chunk_size_feed_forward", "output_attentions", "output_hidden_states", "return_dict", "id2label", "label2id",
+    "problem_type", "task_specific_params", "max_length", "temperature", "top_p", "top_k", "do_sample", "unsloth_fixed",
+    "unsloth_version",
+})  # fmt: skip
+# Keys that change the model's numbers unless they have this value (or null).
+_ONLY_VALUES: dict[str, Any] = {
+    "attention_bias": False,
+    "mlp_bias": False,
+    "attention_dropout": 0,
+    "is_encoder_decoder": False,
+    "add_cross_attention": False,
+    "quantization_config": None,
+    "sliding_window": None,
+}
+# Where to go instead, for types that people will try.
+_INSTEAD = {
+    "gemma3": "It holds images too. Load its text model with transformers, save that (its type is gemma3_text), and "
+    "name the new folder.",
+    "mistral3": "It holds images too. Load its text model with transformers, save that (its type is mistral), and name "
+    "the new folder.",
+}
+_ACTIVATIONS = {"silu": "silu", "gelu_pytorch_tanh": "gelu_tanh"}
+_SLIDING, _FULL = "sliding_attention", "full_attention"
+
+
+def read_hf_config(fields: dict[str, Any], where: str) -> TransformerConfig:
+    """The fields of a `config.json` -> TransformerConfig.
+
+    Both spellings of rotary positions are read, transformers 4's and 5's. A key that is absent or null has the default
+    of the family's config class in transformers.
+
+    Args:
+      where: the file, for error messages.
+
+    Raises:
+      ConfigError: for another family, a missing key, a wrong type, or a key or value that would be ignored.
+    """
+    rest = Fields(fields, where)
+    name = rest.take("model_type", str, "")
+    if name not in FAMILIES:
+        instead = _INSTEAD.get(name, f"Supported are {', '.join(FAMILIES)}.")
+        raise ConfigError(f"{where}: model_type is {name!r}. {instead}")
+    family = FAMILIES[name]
+    try:
+        config = TransformerConfig(family=name, **_take_values(rest, family))
+    except ConfigError as error:
+        raise error if str(error).startswith(where) else ConfigError(f"{where}: {error}") from None
+    only = _ONLY_VALUES | {"architectures": [family.architecture]} | dict(family.only)
+    rest.refuse_rest(_HARMLESS_KEYS | family.harmless, only, f"a {name} model")
+    return config
+
+
+def _take_values(rest: Fields, family: Family) -> dict[str, Any]:
+    """The values of TransformerConfig's fields."""
+    defaults = family.defaults
+    num_heads = rest.take("num_attention_heads", int)
+    embed_dim = rest.take("hidden_size", int)
+    num_layers = rest.take("num_hidden_layers", int)
+    max_position = rest.take("max_position_embeddings", int, defaults.get("max_position_embeddings", 2048))
+    full, sliding = take_ropes(rest, family.rope, max_position)
+    values: dict[str, Any] = {
+        "vocab_size": rest.take("vocab_size", int),
+        "embed_dim": embed_dim,
+        "mlp_dim": rest.take("intermediate_size", int),
+        "num_heads": num_heads,
+        "num_kv_heads": rest.take("num_key_value_heads", int, defaults.get("num_key_value_heads", num_heads)),
+        "head_dim": rest.take("head_dim", int, defaults.get("head_dim", embed_dim // max(num_heads, 1))),
+        "layers": group_layers(_take_layers(rest, family, num_layers, full, sliding)),
+        "norm_eps": rest.take("rms_norm_eps", float, defaults.get("rms_norm_eps", 1e-6)),
+        "activation": _take_activation(rest, family),
+        "tie_embeddings": rest.take("tie_word_embeddings", bool, defaults.get("tie_word_embeddings", False)),
+        "max_position": _usable_positions(full, max_position),
+        "initializer_range": rest.take("initializer_range", float, 0.02),
+    } | dict(family.fixed)
+    if family.scales_embedding:
+        values["embedding_multiplier"] = math.sqrt(embed_dim)
+    for key, default in family.options.items():
+        option = OPTIONS[key]
+        value = (rest.take_optional if option.is_optional else rest.take)(key, option.kind, default)
+        values |= dict.fromkeys(option.fields, None if value is None else option.read(value))
+    return values
+
+
+def _usable_positions(rope: RopeConfig, max_position: int) -> int:
+    """With dynamic scaling the config's number is the length that it starts from."""
+    scaling = rope.scaling
+    return int(max_position * scaling.factor) if isinstance(scaling, DynamicScaling) else max_position
+
+
+def _take_activation(rest: Fields, family: Family) -> str:
+    names = _ACTIVATIONS | dict(family.activations)
+    found = {key: rest.take(key, str, None) for key in ("hidden_act", "hidden_activation")}
+    for key, value in found.items():
+        if value is not None and value not in names:
+            raise ConfigError(f"{key} is {value!r}; expected one of {', '.join(names)}.")
+    activations = {names[value] for value in found.values() if value is not None}
+    if len(activations) > 1:
+        raise ConfigError(
+            f"hidden_act is {found['hidden_act']!r}, and hidden_activation {found['hidden_activation']!r}."
+        )
+    return activations.pop() if activations else family.defaults.get("activation", "silu")
+
+
+def _take_layers(
+    rest: Fields, family: Family, num_layers: int, full: RopeConfig, sliding: RopeConfig
+) -> list[LayerConfig]:
+    """Every layer, first to last."""
+    if family.windows == "none":
+        return [LayerConfig(rope=full)] * num_layers
+    window = rest.take_optional("sliding_window", int, family.window)
+    if family.windows == "all":
+        return [LayerConfig(rope=full if window is None else sliding, window=window)] * num_layers
+    if family.windows == "last":
+        window = window if rest.take("use_sliding_window", bool, False) else None
+        first = rest.take("max_window_layers", int, 28)
+        kinds = [_SLIDING if window is not None and layer >= first else _FULL for layer in range(num_layers)]
+    else:
+        old_period = rest.take("_sliding_window_pattern", int, family.window_period)
+        period = rest.take("sliding_window_pattern", int, old_period)
+        kinds = [_SLIDING if (layer + 1) % period else _FULL for layer in range(num_layers)]
+    kinds = rest.take("layer_types", list, kinds)
+    if len(kinds) != num_layers or set(kinds) - {_SLIDING, _FULL}:
+        raise ConfigError(f"layer_types is {kinds}; expected {num_layers} of {_SLIDING} and {_FULL}.")
+    if _SLIDING in kinds and window is None:
+        raise ConfigError(f"layer_types has {_SLIDING}, and sliding_window is null. Say how long it is.")
+    of_kind = {_SLIDING: LayerConfig(rope=sliding, window=window), _FULL: LayerConfig(rope=full)}
+    return [of_kind[kind] for kind in kinds]
+
+
+def to_hf_config(config: TransformerConfig, dtype: str) -> dict[str, Any]:
+    """The fields of a `config.json` that transformers (4 and 5) and vLLM load; `read_hf_config` gives `config` back.
+
+    Token ids (bos, eos, pad) belong to the tokenizer: the exporter adds them, or transformers assumes its own.
+
+    Args:
+      dtype: of the stored weights, such as "bfloat16".
+    """
+    family = FAMILIES[config.family]
+    layers = list_layers(config)
+    full, sliding = (
+        next((layer.rope for layer in layers if (layer.window is None) == is_full), None) for is_full in (True, False)
+    )
+    full, sliding = full or sliding, sliding or full
+    if full is None or sliding is None:
+        raise ConfigError(f"{config.family}: a model without rotary positions has no config.json.")
+    dynamic = full.scaling if isinstance(full.scaling, DynamicScaling) else None
+    max_position = dynamic.original_max_position if dynamic else config.max_position
+    activation = next(name for name, ours in _ACTIVATIONS.items() if ours == config.activation)
+    fields = {
+        "architectures": [family.architecture],
+        "model_type": config.family,
+        "vocab_size": config.vocab_size,
+        "hidden_size": config.embed_dim,
+        "intermediate_size": config.mlp_dim,
+        "num_hidden_layers": config.num_layers,
+        "num_attention_heads": config.num_heads,
+        "num_key_value_heads": config.num_kv_heads,
+        "head_dim": config.head_dim,
+        "hidden_act": activation,
+        "attention_dropout": 0.0,
+        "max_position_embeddings": max_position,
+        "rms_norm_eps": config.norm_eps,
+        **rope_fields(full, sliding, family.rope, max_position),
+        **_window_fields(layers, family),
+        "tie_word_embeddings": config.tie_embeddings,
+        "initializer_range": config.initializer_range,
+        "torch_dtype": dtype,
+        "use_cache": True,
+    }
+    if config.activation != "silu":
+        fields["hidden_activation"] = activation
+    for key in family.options:
+        value = getattr(config, OPTIONS[key].fields[0])
+        fields[key] = None if value is None else OPTIONS[key].write(value)
+    assert read_hf_config(fields, "config.json") == config, f"{config.family} cannot be all of {config}"
+    return fields
+
+
+def _window_fields(layers: list[LayerConfig], family: Family) -> dict[str, Any]:
+    if family.windows == "none":
+        return {}
+    window = next((layer.window for layer in layers if layer.window is not None), None)
+    fields: dict[str, Any] = {"sliding_window": window}
+    if family.windows == "all":
+        return fields
+    if family.windows == "last":
+        fields["use_sliding_window"] = window is not None
+        fields["max_window_layers"] = sum(layer.window is None for layer in layers)
+    return fields | {"layer_types": [_FULL if layer.window is None else _SLIDING for layer in layers]}

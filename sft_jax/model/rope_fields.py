@@ -1,0 +1,210 @@
+"""The rotary keys of a `config.json` <-> RopeConfig, in both spellings: `rope_theta` beside `rope_scaling`, and
+transformers 5's `rope_parameters`, which holds all of it and may have one object for each kind of layer."""
+
+import math
+from typing import Any, NamedTuple
+
+from sft_jax.datatypes import ConfigError
+from sft_jax.model.config_fields import Fields
+from sft_jax.model.rope import (
+    DynamicScaling,
+    LinearScaling,
+    Llama3Scaling,
+    LongRopeScaling,
+    RopeConfig,
+    RopeScaling,
+    YarnScaling,
+)
+
+_KINDS = ("full_attention", "sliding_attention")
+
+
+class RopeDefaults(NamedTuple):
+    """What a family assumes where its config.json says nothing."""
+
+    theta: float = 10_000.0
+    local_theta: float | None = None
+    """Of the layers with a window, which then have a base of their own and no scaling; None: all layers are alike."""
+    original_max_position: int | None = None
+    """A key beside the others, stronger than the one within the scaling; None: there is no such default."""
+
+
+def take_ropes(fields: Fields, defaults: RopeDefaults, max_position: int) -> tuple[RopeConfig, RopeConfig]:
+    """Remove the rotary keys of either spelling -> those of layers that see everything, and of those with a window."""
+    old, new = (fields.take(name, dict, None) for name in ("rope_scaling", "rope_parameters"))
+    if old is not None and new is not None:
+        raise ConfigError(f"{fields.where}: has both rope_scaling and rope_parameters. Remove one of them.")
+    outer = _Outer(
+        theta=fields.take("rope_theta", float, None),
+        fraction=fields.take("partial_rotary_factor", float, None),
+        original=fields.take("original_max_position_embeddings", int, defaults.original_max_position),
+        max_position=max_position,
+    )
+    name = "rope_scaling" if old is not None else "rope_parameters"
+    values = old or new or {}
+    if defaults.local_theta is None:
+        rope = _read_rope(Fields(values, f"{fields.where}: {name}"), outer, defaults.theta)
+        return rope, rope
+    local = outer._replace(theta=fields.take("rope_local_base_freq", float, None))
+    nested = {kind: values.get(kind) or {} for kind in _KINDS} if new else {_KINDS[0]: values, _KINDS[1]: {}}
+    if new and new.keys() - set(_KINDS):
+        raise ConfigError(f"{fields.where}: rope_parameters has {', '.join(new)}; expected {' and '.join(_KINDS)}.")
+    full, sliding = (Fields(nested[kind], f"{fields.where}: {name}.{kind}") for kind in _KINDS)
+    return _read_rope(full, outer, defaults.theta), _read_rope(sliding, local, defaults.local_theta)
+
+
+class _Outer(NamedTuple):
+    """What stands beside the object that describes a scaling."""
+
+    theta: float | None
+    fraction: float | None
+    original: int | None
+    max_position: int
+
+
+def _read_rope(fields: Fields, outer: _Outer, default_theta: float) -> RopeConfig:
+    theta = _agree(fields, "rope_theta", float, outer.theta)
+    fraction = _agree(fields, "partial_rotary_factor", float, outer.fraction)
+    kind = fields.take("rope_type", str, fields.take("type", str, "default"))
+    if kind not in _READERS:
+        expected = ", ".join(_READERS)
+        raise ConfigError(f"{fields.where}: rope_type is {kind!r}; expected one of {expected}.")
+    scaling = _READERS[kind](fields, outer)
+    if scaling is None:  # written beside it all the same
+        _agree(fields, "original_max_position_embeddings", int, outer.original)
+    fields.refuse_rest(frozenset(), {}, f"rotary positions of type {kind!r}")
+    return RopeConfig(
+        theta=default_theta if theta is None else theta, fraction=1.0 if fraction is None else fraction, scaling=scaling
+    )
+
+
+def _agree(fields: Fields, name: str, kind: type, outer: Any) -> Any:
+    """The value within the object or beside it, which must not differ."""
+    inner = fields.take(name, kind, None)
+    if inner is not None and outer is not None and inner != outer:
+        raise ConfigError(f"{fields.where}: {name} is {inner}, and {outer} beside it. Remove one of them.")
+    return outer if inner is None else inner
+
+
+def _original(fields: Fields, outer: _Outer) -> int:
+    original = _agree(fields, "original_max_position_embeddings", int, outer.original)
+    original = outer.max_position if original is None else original
+    if original < 2:  # its logarithm is a divisor
+        raise ConfigError(f"{fields.where}: stretches a context of {original} tokens; expected at least 2.")
+    return original
+
+
+def _read_default(fields: Fields, outer: _Outer) -> None:
+    return None
+
+
+def _read_linear(fields: Fields, outer: _Outer) -> LinearScaling:
+    return LinearScaling(factor=fields.take("factor", float))
+
+
+def _read_dynamic(fields: Fields, outer: _Outer) -> DynamicScaling:
+    original = _original(fields, outer._replace(original=outer.max_position))
+    return DynamicScaling(factor=fields.take("factor", float), original_max_position=original)
+
+
+def _read_llama3(fields: Fields, outer: _Outer) -> Llama3Scaling:
+    return Llama3Scaling(
+        factor=fields.take("factor", float),
+        low_freq_factor=fields.take("low_freq_factor", float),
+        high_freq_factor=fields.take("high_freq_factor", float),
+        original_max_position=_original(fields, outer),
+    )
+
+
+def _read_yarn(fields: Fields, outer: _Outer) -> YarnScaling:
+    original = _original(fields, outer)
+    factor = fields.take("factor", float, outer.max_position / original)
+    scales = fields.take("mscale", float, 0.0), fields.take("mscale_all_dim", float, 0.0)
+    default = _yarn_attention_factor(factor)
+    if all(scales):
+        default = _yarn_attention_factor(factor, scales[0]) / _yarn_attention_factor(factor, scales[1])
+    return YarnScaling(
+        factor=factor,
+        original_max_position=original,
+        attention_factor=fields.take("attention_factor", float, default),
+        beta_fast=fields.take("beta_fast", float, 32.0),
+        beta_slow=fields.take("beta_slow", float, 1.0),
+        truncate=fields.take("truncate", bool, True),
+    )
+
+
+def _yarn_attention_factor(factor: float, scale: float = 1.0) -> float:
+    """Source: arXiv:2309.00071, equation 22."""
+    return 1.0 if factor <= 1 else 0.1 * scale * math.log(factor) + 1.0
+
+
+def _read_longrope(fields: Fields, outer: _Outer) -> LongRopeScaling:
+    original = _original(fields, outer)
+    factor = fields.take("factor", float, outer.max_position / original)
+    short, long = (fields.take(f"{name}_factor", list) for name in ("short", "long"))
+    for name, factors in (("short_factor", short), ("long_factor", long)):
+        if not all(type(value) in (int, float) and value > 0 for value in factors):
+            raise ConfigError(f"{fields.where}: {name} is {factors!r}; expected numbers above 0.")
+    return LongRopeScaling(
+        short=tuple(map(float, short)),
+        long=tuple(map(float, long)),
+        original_max_position=original,
+        attention_factor=fields.take("attention_factor", float, _longrope_attention_factor(factor, original)),
+    )
+
+
+def _longrope_attention_factor(factor: float, original: int) -> float:
+    """Source: arXiv:2402.13753, appendix; as in https://huggingface.co/microsoft/Phi-3-mini-128k-instruct."""
+    return 1.0 if factor <= 1 else math.sqrt(1 + math.log(factor) / math.log(original))
+
+
+_READERS = {
+    "default": _read_default,
+    "linear": _read_linear,
+    "dynamic": _read_dynamic,
+    "llama3": _read_llama3,
+    "yarn": _read_yarn,
+    "longrope": _read_longrope,
+    "su": _read_longrope,  # its name in the first Phi-3 folders
+}
+
+
+def rope_fields(full: RopeConfig, sliding: RopeConfig, defaults: RopeDefaults, max_position: int) -> dict[str, Any]:
+    """The older spelling, which every version of transformers reads. `take_ropes` gives the two back."""
+    assert sliding == full or (defaults.local_theta is not None and sliding.scaling is None)
+    fields: dict[str, Any] = {"rope_theta": full.theta, "rope_scaling": _scaling_fields(full.scaling, max_position)}
+    if full.fraction != 1:
+        fields["partial_rotary_factor"] = full.fraction
+    if defaults.local_theta is not None:
+        fields["rope_local_base_freq"] = sliding.theta
+    if defaults.original_max_position is not None:
+        original = getattr(full.scaling, "original_max_position", defaults.original_max_position)
+        fields["original_max_position_embeddings"] = original
+        if fields["rope_scaling"]:  # Phi-3's own code, and transformers 4, want these three keys alone
+            fields["rope_scaling"].pop("original_max_position_embeddings", None)
+            fields["rope_scaling"]["type"] = fields["rope_scaling"].pop("rope_type")
+    return fields
+
+
+def _scaling_fields(scaling: RopeScaling | None, max_position: int) -> dict[str, Any] | None:
+    if scaling is None:
+        return None
+    if isinstance(scaling, LinearScaling):
+        return {"rope_type": "linear", "factor": scaling.factor}
+    if isinstance(scaling, DynamicScaling):  # its original length is max_position_embeddings
+        return {"rope_type": "dynamic", "factor": scaling.factor}
+    fields: dict[str, Any] = {"original_max_position_embeddings": scaling.original_max_position}
+    if isinstance(scaling, Llama3Scaling):
+        fields |= {"rope_type": "llama3", "factor": scaling.factor}
+        return fields | {"low_freq_factor": scaling.low_freq_factor, "high_freq_factor": scaling.high_freq_factor}
+    if isinstance(scaling, YarnScaling):
+        fields |= {"rope_type": "yarn", "factor": scaling.factor}
+        fields |= {"beta_fast": scaling.beta_fast, "beta_slow": scaling.beta_slow}
+        fields |= {} if scaling.truncate else {"truncate": False}
+        default = _yarn_attention_factor(scaling.factor)
+    else:
+        fields |= {"rope_type": "longrope", "short_factor": list(scaling.short), "long_factor": list(scaling.long)}
+        default = _longrope_attention_factor(
+            max_position / scaling.original_max_position, scaling.original_max_position
+        )
+    return fields if scaling.attention_factor == default else fields | {"attention_factor": scaling.attention_factor}

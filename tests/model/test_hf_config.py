@@ -1,0 +1,73 @@
+import pytest
+
+from sft_jax.datatypes import ConfigError
+from sft_jax.model.families import list_layers
+from sft_jax.model.hf_config import read_hf_config, to_hf_config
+from sft_jax.model.presets import PRESETS
+from sft_jax.model.rope import Llama3Scaling, RopeConfig
+
+
+def hf_fields(**changes):
+    fields = to_hf_config(PRESETS["llama3.1-8b"], "bfloat16") | changes
+    return {name: value for name, value in fields.items() if value != "absent"}
+
+
+@pytest.mark.parametrize("preset", PRESETS)
+def test_writing_then_reading_a_config_is_the_identity(preset):
+    assert read_hf_config(to_hf_config(PRESETS[preset], "float32"), "config.json") == PRESETS[preset]
+
+
+def test_both_spellings_of_rope_read_the_same():
+    scaling = {"factor": 8, "low_freq_factor": 1, "high_freq_factor": 4, "original_max_position_embeddings": 8192}
+    new = {"rope_type": "llama3", "rope_theta": 500_000, **scaling}
+    spellings = [
+        hf_fields(),
+        hf_fields(rope_scaling={"type": "llama3", **scaling}),
+        hf_fields(rope_theta="absent", rope_scaling=None, rope_parameters=new),
+    ]
+    assert {read_hf_config(fields, "config.json") for fields in spellings} == {PRESETS["llama3.1-8b"]}
+
+
+def test_absent_keys_have_llamas_defaults():
+    required = {"vocab_size": 99, "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2}
+    config = read_hf_config({"model_type": "llama", "num_attention_heads": 4, **required}, "config.json")
+    assert (config.num_layers, config.num_kv_heads, config.head_dim) == (2, 4, 8)
+    assert list_layers(config)[0].rope == RopeConfig(theta=10_000.0)
+    assert (config.norm_eps, config.tie_embeddings, config.max_position) == (1e-6, False, 2048)
+
+
+@pytest.mark.parametrize(
+    ("changes", "named"),
+    [
+        ({"model_type": "mamba"}, "'mamba'"),
+        ({"architectures": ["LlamaForSequenceClassification"]}, "LlamaForSequenceClassification"),
+        ({"attention_bias": 1}, "attention_bias is 1; expected bool"),
+        ({"hidden_act": "gelu"}, "gelu"),
+        ({"attention_dropout": 0.1}, "attention_dropout"),
+        ({"sliding_window": 4096}, "sliding_window"),
+        ({"quantization_config": {"bits": 4}}, "quantization_config"),
+        ({"logit_scale": 0.5}, "logit_scale"),
+        ({"hidden_size": "4096"}, "hidden_size is '4096'; expected int"),
+        ({"hidden_size": True}, "hidden_size is True; expected int"),
+        ({"hidden_size": "absent"}, "has no hidden_size"),
+        ({"num_key_value_heads": 5}, "num_kv_heads 5"),
+        ({"head_dim": 7}, "head_dim is 7"),
+        ({"num_attention_heads": 0}, "num_heads is 0"),
+        ({"rope_scaling": {"rope_type": "ntk", "factor": 4.0}}, "'ntk'"),
+        ({"rope_scaling": {"rope_type": "llama3", "factor": 8.0}}, "low_freq_factor"),
+        ({"rope_scaling": {"rope_type": "default", "factor": 8.0}}, "factor = 8.0"),
+        ({"rope_scaling": None, "rope_parameters": {"rope_theta": 1e4}}, "rope_theta is 10000.0"),
+        ({"rope_parameters": {"rope_theta": 5e5}}, "both"),
+    ],
+)
+def test_what_would_be_ignored_is_refused_by_name(changes, named):
+    with pytest.raises(ConfigError, match=r"^my/config.json: ") as caught:
+        read_hf_config(hf_fields(**changes), "my/config.json")
+    assert named in str(caught.value)
+
+
+def test_scaling_is_read():
+    (layer, *_) = list_layers(read_hf_config(hf_fields(), "config.json"))
+    assert layer.rope.scaling == Llama3Scaling(
+        factor=8.0, low_freq_factor=1.0, high_freq_factor=4.0, original_max_position=8192
+    )
