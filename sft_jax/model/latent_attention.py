@@ -10,7 +10,6 @@ over dims, so that the same order for queries and keys changes nothing.
 Source: DeepSeek-V2 (arXiv:2405.04434), section 2.1.
 """
 
-from dataclasses import dataclass
 from typing import Any
 
 import jax
@@ -19,58 +18,25 @@ from flax import nnx
 from jax.sharding import AbstractMesh, Mesh
 from jax.typing import DTypeLike
 
-from sft_jax.datatypes import ConfigError
+from sft_jax.model.families import TransformerConfig
+from sft_jax.model.latent_config import LatentConfig
 from sft_jax.model.layers import Attend, RMSNorm
 from sft_jax.model.linear import Linear
 from sft_jax.sharding import constrain
 from sft_jax.typing import Array, Float, Key
 
-_NORM_EPS = 1e-6  # of the norms of latents, whatever the model's own is. Source: DeepSeek-V3's inference/model.py, RMSNorm
-
-
-@dataclass(frozen=True, kw_only=True)
-class LatentConfig:
-    """The sizes of latent attention. A head's query and key have `plain_dim + rope_dim` dims, its value `value_dim`."""
-
-    query_rank: int | None
-    """Dims of the vector that queries are made from; None: they are made from x."""
-    kv_rank: int
-    plain_dim: int
-    rope_dim: int
-    value_dim: int
-    interleaved: bool = True
-    """The dims that turn together lie side by side in the checkpoint; False: half of rope_dim apart."""
-    use_bias: bool = False
-    """Whether the maps from x and to x have biases."""
-
-    def __post_init__(self) -> None:
-        for name in ("query_rank", "kv_rank", "plain_dim", "rope_dim", "value_dim"):
-            value = getattr(self, name)
-            if value is not None and value < 1:
-                raise ConfigError(f"model: {name} is {value}; expected at least 1.")
-        if self.rope_dim % 2:
-            raise ConfigError(f"model: rope_dim is {self.rope_dim}; rotary positions need an even number.")
-
-    @property
-    def head_dim(self) -> int:
-        return self.plain_dim + self.rope_dim
+_NORM_EPS = (
+    1e-6  # of the norms of latents, whatever the model's own is. Source: DeepSeek-V3's inference/model.py, RMSNorm
+)
 
 
 class LatentAttention(nnx.Module):
     """Every head has a key and a value of its own, expanded from the latent; so does a cache hold them."""
 
-    def __init__(
-        self,
-        latent: LatentConfig,
-        embed_dim: int,
-        num_heads: int,
-        stddev: float,
-        key: Key[Array, ""],
-        dtype: DTypeLike,
-    ):
-        keys, dim, bias = jax.random.split(key, 5), (embed_dim,), latent.use_bias
-        self.latent, self.query_down = latent, None
-        query_in = dim
+    def __init__(self, config: TransformerConfig, latent: LatentConfig, key: Key[Array, ""], dtype: DTypeLike):
+        keys, dim, bias = jax.random.split(key, 5), (config.embed_dim,), latent.use_bias
+        stddev, num_heads = config.initializer_range, config.num_heads
+        self.latent, query_in = latent, dim
         if latent.query_rank is not None:
             query_in = (latent.query_rank,)
             self.query_down = Linear(dim, query_in, stddev, keys[0], dtype, bias)
@@ -85,7 +51,7 @@ class LatentAttention(nnx.Module):
         self, x: Float[Array, "B L D"], attend: Attend, mesh: Mesh | AbstractMesh | None
     ) -> tuple[Float[Array, "B L D"], Any]:
         """`attend` turns the first `rope_dim` dims of the queries and keys that it is given."""
-        q = self.query(x if self.query_down is None else self.query_norm(self.query_down(x)))
+        q = self.query(self.query_norm(self.query_down(x)) if hasattr(self, "query_down") else x)
         q_plain, q_rope = jnp.split(q, [self.latent.plain_dim], axis=-1)
         latent_BLR, k_rope_BLH = jnp.split(self.kv_down(x), [self.latent.kv_rank], axis=-1)
         kv = self.kv_up(self.kv_norm(latent_BLR))

@@ -13,6 +13,7 @@ Two experts, one each, two tokens that both choose the first, with shares (.75, 
 2 / (1 * 4) * (2 * 1.25 + 0 * .75) = 1.25.
 """
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import jax
@@ -37,15 +38,16 @@ class TokenWeights(NamedTuple):
     """Which tokens there are and which count in the router's losses."""
 
     segment_ids: Int[Array, "B L"]
-    weights: Float[Array, "B L"]
+    weights: Float[Array, "B L"] | None
+    """None: no token counts."""
 
 
 class RouterSums(NamedTuple):
     """Sums over tokens, which are divided once, in the step."""
 
-    balance: Float[Array, ""]  # of weighted tokens: the balance loss of their segments
-    z_loss: Float[Array, ""]  # of weighted tokens: logsumexp(logits)^2
-    chosen: Float[Array, " E"]  # how often each expert was chosen by any token that is no padding
+    balance: Float[Array, "*layers"]  # of weighted tokens: the balance loss of their segments
+    z_loss: Float[Array, "*layers"]  # of weighted tokens: logsumexp(logits)^2
+    chosen: Float[Array, "*layers E"]  # how often each expert was chosen by any token that is no padding
 
 
 class Router(nnx.Module):
@@ -107,7 +109,8 @@ def sum_router(choice: Choice, tokens: TokenWeights) -> RouterSums:
     live_BL = tokens.segment_ids != 0
     chosen_BLE = jnp.sum(choice.experts[..., None] == jnp.arange(num_experts)[None, None, None, :], axis=-2)
     chosen_BLE = jnp.where(live_BL[..., None], chosen_BLE, 0).astype(choice.shares.dtype)
-    weights_BL = jnp.where(live_BL, tokens.weights, 0).astype(choice.shares.dtype)
+    weights_BL = jnp.zeros(live_BL.shape) if tokens.weights is None else jnp.where(live_BL, tokens.weights, 0)
+    weights_BL = weights_BL.astype(choice.shares.dtype)
     shares_BLE = jnp.where(live_BL[..., None], choice.shares, 0) * weights_BL[..., None]
 
     def per_segment(values: Array) -> Array:  # row 0 is that of padding, whose values are 0
@@ -120,3 +123,9 @@ def sum_router(choice: Choice, tokens: TokenWeights) -> RouterSums:
     balance_BS = num_experts / per_token * overlap_BS / jnp.where(size_BS > 0, size_BS, 1)
     log_z_BL = jax.nn.logsumexp(jnp.where(live_BL[..., None], choice.logits, 0), axis=-1)
     return RouterSums(jnp.sum(balance_BS), jnp.sum(weights_BL * log_z_BL**2), jnp.sum(chosen_BLE, axis=(0, 1)))
+
+
+def join_sums(stacks: Sequence[RouterSums | None]) -> RouterSums | None:
+    """Those of some stacks of layers, each with its layers in front -> of all layers that have a router."""
+    found = [sums for sums in stacks if sums is not None]
+    return RouterSums(*(jnp.concatenate(parts) for parts in zip(*found, strict=True))) if found else None

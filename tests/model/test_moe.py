@@ -10,7 +10,7 @@ import pytest
 
 from sft_jax.config_schema import MeshConfig
 from sft_jax.datatypes import ConfigError
-from sft_jax.model.families import PRESETS
+from sft_jax.model.presets import PRESETS
 from sft_jax.model.moe import MoeMlp
 from sft_jax.model.moe_config import MoeConfig
 from sft_jax.model.router import Choice, TokenWeights, choose_experts, sum_router

@@ -14,6 +14,7 @@ from sft_jax.model import transformer
 from sft_jax.model.attention import Rows, Scores, attend
 from sft_jax.model.families import LayerConfig, TransformerConfig, num_params, same_layers
 from sft_jax.model.presets import PRESETS
+from sft_jax.model.router import TokenWeights
 from sft_jax.model.rope import Llama3Scaling, RopeConfig, rope_for, rotate
 from sft_jax.model.transformer import (
     EmbeddingNoise,
@@ -138,10 +139,10 @@ def test_scan_equals_a_loop_over_layers(params):
 
     @jax.jit
     def run_layer(layer, x):
-        def attend_rows(q, k, v):
+        def attend_rows(q, k, v, sinks=None):
             return attend("reference", rotate(q, rope), rotate(k, rope), v, rows, Scores(0.5)), None
 
-        return layer(x, attend_rows, None)[0]
+        return layer(x, attend_rows, TokenWeights(segment_ids, None), None)[0]
 
     x = model.embed(inputs, jnp.float64, None)
     for i in range(CONFIG.num_layers):
