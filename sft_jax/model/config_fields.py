@@ -31,7 +31,7 @@ class Fields:
         """Raises ConfigError unless every key that is left is null, harmless, or has its only supported value."""
         rest = {name: value for name, value in self.rest.items() if value is not None and name not in harmless}
         for name, value in rest.items():
-            if name in only and value != only[name]:
+            if name in only and not _is_only(value, only[name]):
                 raise ConfigError(f"{self.where}: {name} is {value!r}; only {only[name]!r} is supported.")
         unknown = sorted(rest.keys() - only.keys())
         if unknown:
@@ -50,3 +50,10 @@ class Fields:
         if type(value) is not kind:  # not isinstance: True is an int
             raise ConfigError(f"{self.where}: {name} is {value!r}; expected {kind.__name__}.")
         return value
+
+
+def _is_only(value: Any, supported: Any) -> bool:
+    """Of an object, each value that it has."""
+    if isinstance(value, dict) and isinstance(supported, dict):
+        return value.items() <= supported.items()
+    return value == supported

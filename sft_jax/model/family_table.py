@@ -69,7 +69,7 @@ class Family:
     scales_embedding: bool = False
     """Embeddings are multiplied by sqrt(embed_dim)."""
     only: Mapping[str, Any] = field(default_factory=dict)
-    """Keys that would change the numbers, and the one value that is supported."""
+    """Keys that would change the numbers, and the one value that is supported (of an object: of its keys)."""
     harmless: frozenset[str] = frozenset()
     """Keys that change no number."""
     moe: MoeKeys | None = None
@@ -93,14 +93,103 @@ _DEEPSEEK_CODE = {
 }
 
 
-_GEMMA: dict[str, Any] = {"norm_adds_one": True}
-_GEMMA_ONLY = {"use_bidirectional_attention": False}
+# Gemma's norms multiply by 1 + scale, and its embeddings by sqrt(embed_dim).
+_GEMMA: dict[str, Any] = {
+    "scales_embedding": True,
+    "only": {"use_bidirectional_attention": False},
+    "harmless": frozenset({"cache_implementation"}),
+}
+_GEMMA_DEFAULTS = {"head_dim": 256, "activation": "gelu_tanh", "tie_word_embeddings": True}
+# Microsoft's folders name the code that came with them, which is never run: transformers' own is the same model.
+_PHI3_CODE = {
+    "AutoConfig": "configuration_phi3.Phi3Config",
+    "AutoModelForCausalLM": "modeling_phi3.Phi3ForCausalLM",
+    "AutoTokenizer": "Xenova/gpt-4o",
+}
 
 FAMILIES: dict[str, Family] = {
     # Llama 2, 3, 3.1, 3.2, 3.3, and the many models that took over its code.
     "llama": Family(
         architecture="LlamaForCausalLM",
         options={"attention_bias": False, "mlp_bias": False},
+    ),
+    # Mistral 7B and Mistral-Small.
+    "mistral": Family(
+        architecture="MistralForCausalLM",
+        defaults={"num_key_value_heads": 8, "max_position_embeddings": 131_072},
+        windows="all",
+        window=4096,
+    ),
+    # Qwen2 and Qwen2.5.
+    "qwen2": Family(
+        architecture="Qwen2ForCausalLM",
+        fixed={"qkv_bias": True},
+        defaults={"num_key_value_heads": 32, "max_position_embeddings": 32_768},
+        windows="last",
+        window=4096,
+        only={"use_mrope": False},
+    ),
+    "qwen3": Family(
+        architecture="Qwen3ForCausalLM",
+        fixed={"qk_norm": "head"},
+        options={"attention_bias": False},
+        defaults={"num_key_value_heads": 32, "head_dim": 128, "max_position_embeddings": 32_768},
+        windows="last",
+        window=4096,
+    ),
+    "gemma": Family(
+        architecture="GemmaForCausalLM",
+        fixed={"norm_adds_one": True},
+        options={"attention_bias": False},
+        defaults=_GEMMA_DEFAULTS | {"num_key_value_heads": 16, "max_position_embeddings": 8192},
+        activations={"gelu": "gelu_tanh"},  # as the first folders call it
+        **_GEMMA,
+    ),
+    "gemma2": Family(
+        architecture="Gemma2ForCausalLM",
+        fixed={"norm_adds_one": True, "norms": "sandwich"},
+        options={
+            "attention_bias": False,
+            "query_pre_attn_scalar": 256.0,
+            "attn_logit_softcapping": 50.0,
+            "final_logit_softcapping": 30.0,
+        },
+        defaults=_GEMMA_DEFAULTS | {"num_key_value_heads": 4, "max_position_embeddings": 8192},
+        windows="periodic",
+        window_period=2,
+        window=4096,
+        **_GEMMA,
+    ),
+    "gemma3_text": Family(
+        architecture="Gemma3ForCausalLM",
+        fixed={"norm_adds_one": True, "norms": "sandwich", "qk_norm": "head"},
+        options={
+            "attention_bias": False,
+            "query_pre_attn_scalar": 256.0,
+            "attn_logit_softcapping": None,
+            "final_logit_softcapping": None,
+        },
+        defaults=_GEMMA_DEFAULTS | {"num_key_value_heads": 4, "max_position_embeddings": 131_072},
+        rope=RopeDefaults(theta=1_000_000.0, local_theta=10_000.0),
+        windows="periodic",
+        window_period=6,
+        window=4096,
+        **_GEMMA,
+    ),
+    # Phi-3, Phi-3.5, Phi-4 and Phi-4-mini: fused tensors, see hf_names.
+    "phi3": Family(
+        architecture="Phi3ForCausalLM",
+        defaults={"max_position_embeddings": 4096, "rms_norm_eps": 1e-5},
+        rope=RopeDefaults(original_max_position=4096, types=("default", "longrope", "su")),
+        windows="all",
+        only={
+            "resid_pdrop": 0,
+            "embd_pdrop": 0,
+            "lm_head_bias": False,
+            "interpolate_factor": 1,
+            "full_attn_mod": 1,
+            "auto_map": _PHI3_CODE,
+        },
     ),
     "mixtral": Family(
         architecture="MixtralForCausalLM",

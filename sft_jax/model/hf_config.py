@@ -87,6 +87,7 @@ def _take_values(rest: Fields, family: Family) -> dict[str, Any]:
     embed_dim = rest.take("hidden_size", int)
     num_layers = rest.take("num_hidden_layers", int)
     max_position = rest.take("max_position_embeddings", int, defaults.get("max_position_embeddings", 2048))
+    num_kv_heads = rest.take_optional("num_key_value_heads", int, defaults.get("num_key_value_heads", num_heads))
     full, sliding = take_ropes(rest, family.rope, max_position)
     mlp_dim = rest.take("intermediate_size", int)
     layers = _take_layers(rest, family, num_layers, full, sliding)
@@ -99,7 +100,7 @@ def _take_values(rest: Fields, family: Family) -> dict[str, Any]:
         "embed_dim": embed_dim,
         "mlp_dim": mlp_dim,
         "num_heads": num_heads,
-        "num_kv_heads": rest.take("num_key_value_heads", int, defaults.get("num_key_value_heads", num_heads)),
+        "num_kv_heads": num_heads if num_kv_heads is None else num_kv_heads,
         "head_dim": latent.head_dim
         if latent
         else rest.take("head_dim", int, defaults.get("head_dim", embed_dim // max(num_heads, 1))),

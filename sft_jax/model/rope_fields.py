@@ -30,6 +30,8 @@ class RopeDefaults(NamedTuple):
     """A key beside the others, stronger than the one within the scaling; None: there is no such default."""
     scaling: dict[str, Any] | None = None
     """What a folder without a scaling has."""
+    types: tuple[str, ...] = ()
+    """Types of scaling that the family has; (): all."""
 
 
 def take_ropes(fields: Fields, defaults: RopeDefaults, max_position: int) -> tuple[RopeConfig, RopeConfig]:
@@ -42,6 +44,7 @@ def take_ropes(fields: Fields, defaults: RopeDefaults, max_position: int) -> tup
         fraction=fields.take("partial_rotary_factor", float, None),
         original=fields.take("original_max_position_embeddings", int, defaults.original_max_position),
         max_position=max_position,
+        types=defaults.types or tuple(_READERS),
     )
     name = "rope_scaling" if old is not None else "rope_parameters"
     values = old or new or defaults.scaling or {}
@@ -63,15 +66,15 @@ class _Outer(NamedTuple):
     fraction: float | None
     original: int | None
     max_position: int
+    types: tuple[str, ...]
 
 
 def _read_rope(fields: Fields, outer: _Outer, default_theta: float) -> RopeConfig:
     theta = _agree(fields, "rope_theta", float, outer.theta)
     fraction = _agree(fields, "partial_rotary_factor", float, outer.fraction)
     kind = fields.take("rope_type", str, fields.take("type", str, "default"))
-    if kind not in _READERS:
-        expected = ", ".join(_READERS)
-        raise ConfigError(f"{fields.where}: rope_type is {kind!r}; expected one of {expected}.")
+    if kind not in outer.types:
+        raise ConfigError(f"{fields.where}: rope_type is {kind!r}; expected one of {', '.join(outer.types)}.")
     scaling = _READERS[kind](fields, outer)
     if scaling is None:  # written beside it all the same
         _agree(fields, "original_max_position_embeddings", int, outer.original)

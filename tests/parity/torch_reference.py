@@ -1,11 +1,14 @@
 """The same mathematics by transformers and torch, written apart from ours: no packing, one segment at a time."""
 
+from collections.abc import Iterator
+from typing import Any
+
 import numpy as np
 import torch
-from transformers import LlamaConfig, LlamaForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
 SEGMENT_LENGTHS = ((9, 7, 5), (24,), (3, 2, 12), (11, 10))
-ROW_LENGTH = 24
+SegmentLengths = tuple[tuple[int, ...], ...]
 
 LLAMA3_ROPE = {
     "rope_type": "llama3",
@@ -31,13 +34,32 @@ def random_llama(seed: int, **fields) -> LlamaForCausalLM:
     return model
 
 
-def random_packed_batch(seed: int, vocab_size: int) -> dict[str, np.ndarray]:
+def random_model(seed: int, fields: dict[str, Any]) -> Any:
+    """A model of any family, every part of which matters, with logits of about unit scale."""
+    config = AutoConfig.for_model(**fields)
+    torch.manual_seed(seed)
+    model = AutoModelForCausalLM.from_config(config, attn_implementation="eager").float().eval()
+    lowest_scale = -0.5 if fields["model_type"].startswith("gemma") else 0.5  # their norms add 1
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if "norm" in name:
+                parameter.uniform_(lowest_scale, lowest_scale + 1)
+            elif parameter.ndim == 1:
+                parameter.normal_(0, 0.5)
+            else:
+                parameter.normal_(0, parameter.shape[-1] ** -0.5)
+    return model
+
+
+def random_packed_batch(
+    seed: int, vocab_size: int, segment_lengths: SegmentLengths = SEGMENT_LENGTHS
+) -> dict[str, np.ndarray]:
     """Rows of several segments and padding, with float weights, some 0, and one segment without any."""
     rng = np.random.default_rng(seed)
-    shape = (len(SEGMENT_LENGTHS), ROW_LENGTH)
+    shape = (len(segment_lengths), max(map(sum, segment_lengths)))
     names = ("inputs", "targets", "segment_ids", "positions", "source_ids")
     batch = {name: np.zeros(shape, np.int32) for name in names} | {"loss_weights": np.zeros(shape, np.float32)}
-    for row, lengths in enumerate(SEGMENT_LENGTHS):
+    for row, lengths in enumerate(segment_lengths):
         start = 0
         for segment, length in enumerate(lengths, 1):
             here = (row, slice(start, start + length))
@@ -50,20 +72,28 @@ def random_packed_batch(seed: int, vocab_size: int) -> dict[str, np.ndarray]:
     return batch
 
 
-def loss_and_grads(model: LlamaForCausalLM, batch: dict[str, np.ndarray]) -> tuple[float, dict[str, np.ndarray]]:
-    """Sum of weighted cross-entropies over the sum of weights, each segment alone at positions 0, 1, 2, ..."""
+def segments_of(batch: dict[str, np.ndarray]) -> Iterator[tuple[int, slice]]:
+    """(row, columns) of every segment."""
+    for row, ids in enumerate(batch["segment_ids"]):
+        for segment in range(1, ids.max() + 1):
+            (columns,) = np.nonzero(ids == segment)
+            yield row, slice(columns[0], columns[-1] + 1)
+
+
+def segment_logits(model: Any, batch: dict[str, np.ndarray], here: tuple[int, slice]) -> torch.Tensor:
+    """Logits [length, V] of one segment alone, at positions 0, 1, 2, ..."""
+    return model(input_ids=torch.tensor(batch["inputs"][here], dtype=torch.long)[None], use_cache=False).logits[0]
+
+
+def loss_and_grads(model: Any, batch: dict[str, np.ndarray]) -> tuple[float, dict[str, np.ndarray]]:
+    """Sum of weighted cross-entropies over the sum of weights, and its gradients."""
     model.zero_grad()
     weight_sum = float(batch["loss_weights"].sum(dtype=np.float64))
     loss = 0.0
-    for row, lengths in enumerate(SEGMENT_LENGTHS):
-        start = 0
-        for length in lengths:
-            here = (row, slice(start, start + length))
-            logits = model(input_ids=torch.tensor(batch["inputs"][here], dtype=torch.long)[None]).logits[0]
-            targets = torch.tensor(batch["targets"][here], dtype=torch.long)
-            nll = torch.nn.functional.cross_entropy(logits, targets, reduction="none")
-            part = (torch.tensor(batch["loss_weights"][here]) * nll).sum() / weight_sum
-            part.backward()  # gradients of the parts add up
-            loss += part.item()
-            start += length
+    for here in segments_of(batch):
+        targets = torch.tensor(batch["targets"][here], dtype=torch.long)
+        nll = torch.nn.functional.cross_entropy(segment_logits(model, batch, here), targets, reduction="none")
+        part = (torch.tensor(batch["loss_weights"][here]) * nll).sum() / weight_sum
+        part.backward()  # gradients of the parts add up
+        loss += part.item()
     return loss, {name: parameter.grad.numpy().copy() for name, parameter in model.named_parameters()}
