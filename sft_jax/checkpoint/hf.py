@@ -23,7 +23,7 @@ from absl import logging
 from jax.experimental import multihost_utils
 from jax.sharding import Sharding, SingleDeviceSharding
 
-from sft_jax.checkpoint.hf_names import EMBEDDING, HEAD, TensorRule, hf_tensors, match_tensors, tensor_rules
+from sft_jax.checkpoint.hf_names import EMBEDDING, HEAD, TensorRule, hf_tensors, join_parts, match_tensors, tensor_rules
 from sft_jax.checkpoint.safetensors_io import (
     MAX_SHARD_BYTES,
     TensorInfo,
@@ -70,7 +70,7 @@ class _Source:
     """Where one parameter comes from."""
 
     rule: TensorRule
-    tensors: tuple[TensorInfo, ...]  # by layer
+    tensors: tuple[TensorInfo, ...]  # by place in the stack
     stored: TransformerConfig  # of the folder
     shape: tuple[int, ...]  # wanted: as stored, or with more rows
     new_row: np.ndarray | None  # float32 [D]: the value of each row that the folder does not have
@@ -165,13 +165,15 @@ def _read_shard(source: _Source, index: Index, dtype: str) -> np.ndarray:
     if not source.rule.is_stacked:
         _read_into(out, source, 0, index)
     else:
-        for row, layer in zip(out, range(index[0].start, index[0].stop), strict=True):
-            _read_into(row, source, layer, index[1:])
+        stack = source.rule.stack
+        for place in np.ndindex(out.shape[: len(stack)]):
+            stacked_at = tuple(at.start + i for at, i in zip(index, place, strict=False))
+            _read_into(out[place], source, int(np.ravel_multi_index(stacked_at, stack)), index[len(stack) :])
     return out
 
 
-def _read_into(out: np.ndarray, source: _Source, layer: int, index: Index) -> None:
-    tensor = source.tensors[layer]
+def _read_into(out: np.ndarray, source: _Source, number: int, index: Index) -> None:
+    tensor = source.tensors[number]
     values = source.rule.from_hf(map_tensor(tensor), source.stored)[index]  # rows past the end are not there
     _copy_in_blocks(out[: len(values)], values)
     if not np.isfinite(out[: len(values)]).all():
@@ -281,8 +283,8 @@ def _empty_sibling(target: Path, suffix: str) -> Path:
 def _pull_tensors(params: Params, config: TransformerConfig, dtype: str) -> Iterator[tuple[str, np.ndarray]]:
     """(name, values) of each tensor of the folder, one at a time on the host."""
     for name, rules, place in hf_tensors(config):
-        parts = [rule.to_hf(_pull(params[rule.path], place if rule.is_stacked else None)) for rule in rules]
-        yield name, _cast(parts[0] if len(parts) == 1 else np.concatenate(parts), dtype, name)
+        parts = [rule.to_hf(_pull(params[rule.path], place)) for rule in rules]
+        yield name, _cast(join_parts(rules, parts), dtype, name)
 
 
 def _cast(values: np.ndarray, dtype: str, name: str) -> np.ndarray:
@@ -295,13 +297,20 @@ def _cast(values: np.ndarray, dtype: str, name: str) -> np.ndarray:
     return values
 
 
-def _pull(values: Array, layer: int | None) -> np.ndarray:
-    """One layer of a parameter, or all of it, gathered on the host of every process."""
+def _pull(values: Array, place: tuple[int, ...]) -> np.ndarray:
+    """One layer or expert of a parameter, or all of it, gathered on the host of every process."""
     # A new array in both cases: numpy's copy of an array stays in host memory as long as that array lives.
-    part = jnp.copy(values) if layer is None else jax.lax.dynamic_index_in_dim(values, layer, keepdims=False)
+    part = _index_stack(values, place) if place else jnp.copy(values)
     if not part.is_fully_addressable:
         return multihost_utils.process_allgather(part, tiled=True)
     return np.asarray(part)
+
+
+@jax.jit
+def _index_stack(values: Array, place: tuple[int, ...]) -> Array:
+    for i in place:
+        values = jax.lax.dynamic_index_in_dim(values, i, keepdims=False)
+    return values
 
 
 def _write_configs(

@@ -165,6 +165,11 @@ def list_layers(config: TransformerConfig) -> list[LayerConfig]:
     return [layer for group in config.layers for layer in group.pattern * group.repeats]
 
 
+def find_moe(config: TransformerConfig) -> MoeConfig | None:
+    """The mixture that layers of a model have, all the same; None: none has one."""
+    return next((layer.moe for group in config.layers for layer in group.pattern if layer.moe), None)
+
+
 def group_layers(layers: Sequence[LayerConfig]) -> tuple[LayerGroup, ...]:
     """Layer by layer -> the groups with the fewest places in their patterns together, since each place is compiled.
 

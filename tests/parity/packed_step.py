@@ -7,7 +7,7 @@ import numpy as np
 import optax
 
 from sft_jax.checkpoint.hf import load_pretrained, read_config
-from sft_jax.checkpoint.hf_names import hf_tensors, tensor_rules
+from sft_jax.checkpoint.hf_names import hf_tensors, join_parts, tensor_rules
 from sft_jax.config_schema import BatchConfig, Config, LossConfig, MeshConfig, ModelConfig, OptimizerConfig
 from sft_jax.datatypes import HostBatch
 from sft_jax.model.transformer import logical_dims
@@ -45,13 +45,15 @@ def step_loss_and_grads(
         for path in params
     }
     named = {
-        name: np.concatenate([r.to_hf(grads[r.path][place] if r.is_stacked else grads[r.path]) for r in rules])
+        name: join_parts(rules, [r.to_hf(grads[r.path][place]) for r in rules])
         for name, rules, place in hf_tensors(model)
     }
     return float(metrics["loss"]), named
 
 
 def relative_difference(ours: dict[str, np.ndarray], theirs: dict[str, np.ndarray]) -> float:
-    """The largest ||a - b|| / ||b|| of any tensor."""
+    """The largest ||a - b|| / ||b|| of any tensor; where b is 0, as of an expert that no token chose, so must a be."""
     assert ours.keys() == theirs.keys()
-    return max(float(np.linalg.norm(ours[n] - theirs[n]) / np.linalg.norm(theirs[n])) for n in theirs)
+    norms = {name: float(np.linalg.norm(values)) for name, values in theirs.items()}
+    assert not any(np.any(ours[name]) for name, norm in norms.items() if not norm)
+    return max(float(np.linalg.norm(ours[name] - theirs[name])) / norm for name, norm in norms.items() if norm)

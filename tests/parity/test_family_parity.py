@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 
 from sft_jax.checkpoint.hf import load_pretrained, read_config
-from sft_jax.checkpoint.hf_names import hf_tensors
+from sft_jax.checkpoint.hf_names import hf_tensors, join_parts
 from sft_jax.config_schema import LossConfig, MeshConfig
 from sft_jax.model.hf_config import read_hf_config, to_hf_config
 from sft_jax.model.transformer import forward, output_head
@@ -26,6 +26,7 @@ torch = pytest.importorskip("torch", reason="torch is not installed here; make t
 from packed_step import relative_difference, step_loss_and_grads  # noqa: E402
 from random_configs import DRAWN_FAMILIES, draw_config  # noqa: E402
 from torch_reference import (  # noqa: E402
+    as_stored,
     loss_and_grads,
     random_model,
     random_packed_batch,
@@ -77,7 +78,7 @@ def test_packed_logits_and_loss_equal_those_of_each_segment_alone(saved, family:
     worst = max(np.abs(ours - theirs).max() for ours, theirs in pairs)
     assert worst <= 2e-4 * min(1, scale)
 
-    weights, targets = batch["loss_weights"], batch["targets"]
+    weights, targets = jnp.asarray(batch["loss_weights"]), jnp.asarray(batch["targets"])
     sums = sum_cross_entropy(hidden, head, targets, weights, LossConfig(), logit_shape=config.logit_shape)
     expected, _ = loss_and_grads(model, batch)
     assert float(sums.loss_sum / sums.weight_sum) == pytest.approx(expected, rel=2e-6)
@@ -86,18 +87,15 @@ def test_packed_logits_and_loss_equal_those_of_each_segment_alone(saved, family:
 def assert_the_trip_changes_nothing(fields: dict[str, Any], model: Any, config: Any, params: Any) -> None:
     assert read_hf_config(fields, "config.json") == config  # both spellings say the same
     assert read_hf_config(to_hf_config(config, "float32"), "config.json") == config
-    expected = {
-        name: values
-        for name, values in model.state_dict().items()
-        if name != "lm_head.weight" or "head.kernel" in params
-    }
+    expected = as_stored(model, model.state_dict())
+    if "head.kernel" not in params:
+        del expected["lm_head.weight"]
     ours = {}
     for name, rules, place in hf_tensors(config):
         leaves = [np.asarray(params[rule.path]) for rule in rules]
-        parts = [r.to_hf(leaf[place] if r.is_stacked else leaf) for r, leaf in zip(rules, leaves, strict=True)]
-        ours[name] = np.concatenate(parts)
+        ours[name] = join_parts(rules, [r.to_hf(leaf[place]) for r, leaf in zip(rules, leaves, strict=True)])
     assert ours.keys() == expected.keys()
-    assert all(np.array_equal(ours[name], values.numpy()) for name, values in expected.items())
+    assert all(np.array_equal(ours[name], values) for name, values in expected.items())
 
 
 @pytest.mark.parametrize(("family", "seed"), [(family, NUM_DRAWN) for family in DRAWN_FAMILIES])
