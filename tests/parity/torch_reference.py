@@ -90,6 +90,9 @@ def segments_of(batch: dict[str, np.ndarray]) -> Iterator[tuple[int, slice]]:
 
 def segment_logits(model: Any, batch: dict[str, np.ndarray], here: tuple[int, slice]) -> torch.Tensor:
     """Logits [length, V] of one segment alone, at positions 0, 1, 2, ..."""
+    for module in model.modules():  # dynamic rope would keep the base of a longer text that it saw before
+        for name in [name for name in vars(module) if name.endswith("max_seq_len_cached")]:
+            setattr(module, name, 0)
     return model(input_ids=torch.tensor(batch["inputs"][here], dtype=torch.long)[None], use_cache=False).logits[0]
 
 
