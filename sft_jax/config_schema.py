@@ -1,6 +1,7 @@
 """Every option of an experiment: its name, its default, its meaning. The checks are in `config.py`."""
 
 import dataclasses
+import functools
 import hashlib
 import json
 import re
@@ -131,7 +132,7 @@ class DataConfig:
     read_threads: int = 4
     """Threads that assemble batches ahead of the step; 0: none."""
 
-    @property
+    @functools.cached_property
     def kept_reasons(self) -> frozenset[str]:
         """The reasons whose policy is `keep`."""
         return frozenset(reason for reason, policy in self.policies.items() if policy == "keep")

@@ -1,14 +1,16 @@
 """The formats of a row: the fields that each needs, and those that it reads besides. `data/formats.py` reads them."""
 
-from typing import NamedTuple
+import functools
+from dataclasses import dataclass
 
 
-class Format(NamedTuple):
+@dataclass(frozen=True)
+class Format:
     needs: tuple[frozenset[str], ...]
     """Sets of fields; a row has all of one of them."""
     may_have: frozenset[str] = frozenset()
 
-    @property
+    @functools.cached_property
     def reads(self) -> frozenset[str]:
         return self.may_have.union(*self.needs)
 

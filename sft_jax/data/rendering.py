@@ -199,8 +199,9 @@ class Renderer:
             self._append_turn(example, turn, weight, prompt_weight, disguise, origin, is_last=turn is turns[-1])
             read = i + 1
         for example in examples:
-            after_stop = self._split(example.stop + example.epilogue, disguise)
-            example.append(self.tokenizer.encode_each(after_stop)[1:], weight=0.0)
+            if example.epilogue:
+                after_stop = self._split(example.stop + example.epilogue, disguise)
+                example.append(self.tokenizer.encode_each(after_stop)[1:], weight=0.0)
         self.counts["turns"] += len(turns)
         self.counts["expanded"] += len(examples) - 1
         return [

@@ -29,7 +29,7 @@ from google.protobuf.message import DecodeError
 from sentencepiece import sentencepiece_model_pb2 as pb
 
 from sft_jax.data.control_tokens import ControlToken, is_text
-from sft_jax.data.sentencepiece_words import Words, find_borders
+from sft_jax.data.sentencepiece_words import Words, open_words
 from sft_jax.datatypes import DataError
 
 SENTINEL = "\ue000\ue001"
@@ -102,8 +102,9 @@ class SentencePieceModel:
         self.unk_id: int | None = self._processor.unk_id()
         num_bytes = sum(piece.type == Piece.BYTE for piece in running.pieces)
         self.expresses_all = bool(running.trainer_spec.byte_fallback and num_bytes == 256)
-        borders = find_borders(running) if self.expresses_all and not self._changes_text else None
-        self._words = Words(borders, self._encode_continued) if borders else None
+        self._words: Words | None = None
+        if self.expresses_all and not self._changes_text:
+            self._words = open_words(running, self._encode_continued)
 
     def special_tokens(self) -> dict[str, str]:
         """Role -> text, as the file declares them."""

@@ -5,7 +5,8 @@ merge crosses the border before a run of spaces, so the ids of a text are those 
 
     "the cat sat"  ->  "the" | " cat" | " sat"
 
-GSM8K is encoded in a third of the time so. The ids are the same, or the model is not cut (`find_borders`).
+Newlines and digits are borders too, where no piece joins them to anything. The ids are those of the whole text, or the
+model is not cut (`open_words`). GSM8K takes two thirds of the time so, and a quarter once its words are known.
 """
 
 import re
@@ -17,35 +18,25 @@ import numpy as np
 _SPACE = "▁"
 _CUT_AT_SPACES = re.compile(r"[ ▁]*[^ ▁]+|[ ▁]+")
 _CUT_AT_NEWLINES_TOO = re.compile(r"\n+|[ ▁]*[^ ▁\n]+|[ ▁]+")
+_CUT_AT_DIGITS = re.compile(r"[0-9]|[^0-9]+")
+_UNUSUAL = ("  ", "\n\n", "▁", "\0")  # without these, each space and each newline is a border of its own
 _MAX_WORDS = 2**17  # about 200 bytes each
 _MAX_CHARACTERS = 64  # of a word that is remembered
-
-
-def find_borders(proto: Any) -> re.Pattern[str] | None:
-    """What finds the words of a text for a sentencepiece ModelProto that leaves texts as they are (no character map, no
-    removed spaces) and has a piece for each byte; None where words are not independent."""
-    trainer, normalizer = proto.trainer_spec, proto.normalizer_spec
-    pieces = [piece.piece for piece in proto.pieces if piece.type in (piece.NORMAL, piece.USER_DEFINED, piece.UNUSED)]
-    # A unigram model adds up scores along the whole text, and their rounding may decide.
-    if trainer.model_type != trainer.BPE or not normalizer.escape_whitespaces or _SPACE not in pieces:
-        return None
-    if re.search("[^▁ ]▁", " ".join(pieces)):  # no piece that can match holds a space itself
-        return None
-    joins_newlines = any("\n" in piece and piece.strip("\n") for piece in pieces)
-    return _CUT_AT_SPACES if joins_newlines else _CUT_AT_NEWLINES_TOO
 
 
 class Words(dict[str, bytes]):
     """Word -> its ids, int32; filled as they are asked for."""
 
-    def __init__(self, borders: re.Pattern[str], encode: Callable[[str], np.ndarray]):
-        """`encode` gives ids, int32, of a text with no space put before it."""
+    def __init__(self, borders: re.Pattern[str], are_digits_alone: bool, encode: Callable[[str], np.ndarray]):
+        """Made by `open_words`."""
         super().__init__()
-        self._find_words = borders.findall
+        self._borders = borders
+        self._are_digits_alone = are_digits_alone
         self._encode = encode
 
     def __missing__(self, word: str) -> bytes:
-        ids = self._encode(word).tobytes()
+        parts = _CUT_AT_DIGITS.findall(word) if self._are_digits_alone else []
+        ids = b"".join(map(self.__getitem__, parts)) if len(parts) > 1 else self._encode(word).tobytes()
         if len(word) <= _MAX_CHARACTERS:
             if len(self) >= _MAX_WORDS:
                 self.clear()
@@ -54,4 +45,30 @@ class Words(dict[str, bytes]):
 
     def encode(self, text: str) -> np.ndarray:
         """Ids, int32."""
-        return np.frombuffer(b"".join(map(self.__getitem__, self._find_words(text))), np.int32)
+        return np.frombuffer(b"".join(map(self.__getitem__, self._cut(text))), np.int32)
+
+    def _cut(self, text: str) -> list[str]:
+        """The words of a text, some of them empty."""
+        if self._borders is not _CUT_AT_NEWLINES_TOO or any(map(text.__contains__, _UNUSUAL)):
+            return self._borders.findall(text)
+        return text.replace(" ", "\0 ").replace("\n", "\0\n\0").split("\0")  # in two thirds of the time
+
+
+def open_words(proto: Any, encode: Callable[[str], np.ndarray]) -> Words | None:
+    """For a sentencepiece ModelProto that leaves texts as they are (no character map, no removed spaces) and has a
+    piece for each byte; None where its words are not independent.
+
+    Args:
+      encode: ids, int32, of a text with no space put before it.
+    """
+    trainer, normalizer = proto.trainer_spec, proto.normalizer_spec
+    pieces = [piece.piece for piece in proto.pieces if piece.type in (piece.NORMAL, piece.USER_DEFINED, piece.UNUSED)]
+    # A unigram model adds up scores along the whole text, and their rounding may decide.
+    if trainer.model_type != trainer.BPE or not normalizer.escape_whitespaces or _SPACE not in pieces:
+        return None
+    listed = " ".join(pieces)  # no piece that can match holds a space itself
+    if re.search("[^▁ ]▁", listed):
+        return None
+    joins_newlines = re.search(r"[^\n ]\n|\n[^\n ]", listed)
+    joins_digits = re.search("[0-9][^ ]|[^ ][0-9]", listed)
+    return Words(_CUT_AT_SPACES if joins_newlines else _CUT_AT_NEWLINES_TOO, not joins_digits, encode)

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from tiny_tokenizers import train_sentencepiece
 
 from sft_jax.data.sentencepiece_model import ModelProto
-from sft_jax.data.sentencepiece_words import Words, find_borders
+from sft_jax.data.sentencepiece_words import Words, open_words
 
 USER_DEFINED = ["▁▁▁▁", "▁▁", "\n\n", "\t\t", "--"]
 ATOMS = [
@@ -39,14 +39,15 @@ def parse(content: bytes):
 def open_both(proto) -> tuple[Words, sentencepiece.SentencePieceProcessor]:
     """(words, sentencepiece itself)."""
     whole = sentencepiece.SentencePieceProcessor(model_proto=proto.SerializeToString())
-    borders = find_borders(proto)
-    assert borders is not None
-    return Words(borders, lambda text: whole.encode(text, return_type="numpy")), whole
+    words = open_words(proto, lambda text: whole.encode(text, return_type="numpy"))
+    assert words is not None
+    return words, whole
 
 
 BOTH = {
     "plain": open_both(parse(train_sentencepiece())),
     "user_defined": open_both(parse(train_sentencepiece(user_defined_symbols=USER_DEFINED))),
+    "digits_alone": open_both(parse(train_sentencepiece(split_digits=True, user_defined_symbols=["$"]))),
     "joins_newlines": open_both(parse(train_sentencepiece(user_defined_symbols=["\nclips", "▁\n"]))),
 }
 
@@ -66,7 +67,15 @@ def test_words_give_the_ids_of_the_text(name: str, text: str) -> None:
     {"split_by_whitespace": False, "vocab_size": 450},
 ])  # fmt: skip
 def test_a_model_whose_words_depend_on_each_other_is_not_cut(options: dict) -> None:
-    assert find_borders(parse(train_sentencepiece(**options))) is None
+    assert open_words(parse(train_sentencepiece(**options)), np.array) is None
+
+
+@pytest.mark.parametrize("name", BOTH)
+def test_digits_are_cut_off_where_no_piece_joins_them(name: str) -> None:
+    words, _ = BOTH[name]
+    words.clear()
+    words.encode("sold 48 clips")
+    assert ("4" in words) == (name == "digits_alone")
 
 
 def test_a_joined_newline_would_be_lost_by_a_cut() -> None:
