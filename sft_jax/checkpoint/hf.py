@@ -307,7 +307,7 @@ def _pull(values: Array, place: tuple[int, ...]) -> np.ndarray:
 
 
 @jax.jit
-def _index_stack(values: Array, place: tuple[int, ...]) -> Array:
+def _index_stack(values: Array, place: tuple[Any, ...]) -> Array:
     for i in place:
         values = jax.lax.dynamic_index_in_dim(values, i, keepdims=False)
     return values

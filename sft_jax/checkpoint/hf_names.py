@@ -80,7 +80,7 @@ class TensorRule:
             tensor = tensor[start : start + _grouped_shape(self.hf_dims, config)[0]]
         split = tensor.reshape([sizes[dim] for dim in hf_order])
         if _TURNS in hf_order:
-            split = split[(*[slice(None)] * hf_order.index(_TURNS), self.part)]
+            split = np.moveaxis(split, hf_order.index(_TURNS), 0)[self.part]
             hf_order.remove(_TURNS)
         return split.transpose([hf_order.index(dim) for dim in self.dims.split()])
 

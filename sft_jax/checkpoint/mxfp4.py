@@ -26,7 +26,8 @@ _CHUNK = 1 << 16  # blocks decoded at one time: 8 MiB of float32
 
 
 def decode(blocks: np.ndarray, scales: np.ndarray, dtype: np.dtype, where: str) -> np.ndarray:
-    """uint8 blocks [..., n / 32, 16] and scales [..., n / 32] -> [..., n] in `dtype`. Beside the result, memory is bounded.
+    """uint8 blocks [..., n / 32, 16] and scales [..., n / 32] -> [..., n] in `dtype`. Beside the result, memory is
+    bounded.
 
     bfloat16 and float32 hold every value as it is, the smallest as subnormal numbers.
 
@@ -57,7 +58,8 @@ def check(
     if blocks_dtype != np.uint8 or scales_dtype != np.uint8 or tuple(blocks_shape) != (*scales_shape, BLOCK // 2):
         raise StorageError(
             f"{where}: blocks are {blocks_dtype} {list(blocks_shape)} and scales {scales_dtype} {list(scales_shape)}; "
-            f"MXFP4 has uint8 of both, and {BLOCK // 2} bytes for each scale. The download is damaged, or the format is another."
+            f"MXFP4 has uint8 of both, and {BLOCK // 2} bytes for each scale. The download is damaged, or of another "
+            "format."
         )
 
 

@@ -6,8 +6,8 @@ together and `jax.lax.ragged_dot` multiplies each stretch with its expert's matr
     copies    0a 0b 1a 1b 2a 2b        experts   2 0 0 1 2 1
     sorted    0b 1a | 1b 2b | 0a 2a    sizes     2 2 2
 
-On a mesh every device of a batch shard has the same tokens, each part of the `expert` axis some experts, and each part of
-`tensor` some of their hidden dims. A device puts copies for experts elsewhere, and padding, behind its last stretch,
+On a mesh every device of a batch shard has the same tokens, each part of the `expert` axis some experts, and each part
+of `tensor` some of their hidden dims. A device puts copies for experts elsewhere, and padding, behind its last stretch,
 where nothing multiplies them; one sum over both axes joins the parts.
 """
 
@@ -26,9 +26,8 @@ from sft_jax.sharding import RULES, spec_for
 from sft_jax.typing import Array, Bool, Float, Int, Key
 
 Parts = dict[str, dict[str, Array]]  # by map (gate, up, down) and parameter (kernel, bias)
-_ALPHA = (
-    1.702  # gpt-oss's sigmoid is steeper. Source: https://github.com/openai/gpt-oss, gpt_oss/torch/model.py, swiglu
-)
+# gpt-oss's sigmoid is steeper. Source: https://github.com/openai/gpt-oss, gpt_oss/torch/model.py, swiglu
+_ALPHA = 1.702
 
 
 class ExpertLinear(nnx.Module):
@@ -142,7 +141,7 @@ def _whole(value: Array, dims: tuple[str | None, ...], axes: dict[str, int]) -> 
 
 
 def _vary(value: Array, dims: tuple[str | None, ...], axes: dict[str, int]) -> Array:
-    """Marked as different from device to device: its gradient is then summed over the axes that split none of its dims."""
+    """Marked as different from device to device: its gradient is summed over the axes that split none of its dims."""
     split = {axis for dim in dims for axis in RULES[dim]}
     return jax.lax.pcast(value, tuple(axis for axis in axes if axis not in split), to="varying")
 

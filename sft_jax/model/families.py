@@ -105,8 +105,8 @@ class TransformerConfig:
         latent = self.latent
         if latent and (self.num_kv_heads, self.head_dim) != (self.num_heads, latent.head_dim):
             raise ConfigError(
-                f"model: latent attention has {self.num_kv_heads} key heads for {self.num_heads} query heads, and head_dim "
-                f"{self.head_dim}; expected as many, and {latent.head_dim}."
+                f"model: latent attention has {self.num_kv_heads} key heads for {self.num_heads} query heads, and "
+                f"head_dim {self.head_dim}; expected as many, and {latent.head_dim}."
             )
         for layer in {layer for group in self.layers for layer in group.pattern}:
             _check_layer(layer, self.rope_head_dim)

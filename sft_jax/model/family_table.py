@@ -82,9 +82,8 @@ class Family:
     """Keys that are written besides, because transformers assumes something else."""
 
 
-_ROUTER_LOSSES = frozenset(
-    {"router_aux_loss_coef", "output_router_logits"}
-)  # of transformers' training; ours: config.loss
+# Of transformers' training; ours are in config.loss.
+_ROUTER_LOSSES = frozenset({"router_aux_loss_coef", "output_router_logits"})
 # DeepSeek's folders name the code that came with them, which is never run: transformers' own is the same model.
 _DEEPSEEK_CODE = {
     "AutoConfig": "configuration_deepseek.DeepseekV3Config",

@@ -3,9 +3,9 @@
     x [D] -> latent [kv_rank] -> norm -> for each head, an unturned part of its key and its value
     x [D] -> the turned part of the key [rope_dim], the same for all heads
 
-Queries are made from x at once or through a short vector of their own. Heads have the parts in this order: the dims that
-turn first, then those that keep no position, as `rope.rotate` wants them; checkpoints have them last. Scores are sums
-over dims, so that the same order for queries and keys changes nothing.
+Queries are made from x at once or through a short vector of their own. Heads have the parts in this order: the dims
+that turn first, then those that keep no position, as `rope.rotate` wants them; checkpoints have them last. Scores are
+sums over dims, so that the same order for queries and keys changes nothing.
 
 Source: DeepSeek-V2 (arXiv:2405.04434), section 2.1.
 """
@@ -25,9 +25,8 @@ from sft_jax.model.linear import Linear
 from sft_jax.sharding import constrain
 from sft_jax.typing import Array, Float, Key
 
-_NORM_EPS = (
-    1e-6  # of the norms of latents, whatever the model's own is. Source: DeepSeek-V3's inference/model.py, RMSNorm
-)
+# Of the norms of latents, whatever the model's own is. Source: DeepSeek-V3's inference/model.py, RMSNorm
+_NORM_EPS = 1e-6
 
 
 class LatentAttention(nnx.Module):

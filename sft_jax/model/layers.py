@@ -50,7 +50,7 @@ def make_norm(config: TransformerConfig, dim: int, dtype: DTypeLike) -> RMSNorm:
 
 
 def normed(norm: RMSNorm | None, x: Array) -> Array:
-    """x where there is no norm."""
+    """X where there is no norm."""
     return x if norm is None else norm(x)
 
 

@@ -1,4 +1,4 @@
-"""The keys of a `config.json` that describe a mixture of experts, and latent attention <-> MoeConfig and LatentConfig."""
+"""The keys of a `config.json` that describe mixtures of experts and latent attention <-> MoeConfig, LatentConfig."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field

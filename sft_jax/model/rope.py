@@ -73,7 +73,7 @@ class YarnScaling:
 
 
 def yarn_factor(factor: float, scale: float = 1.0) -> float:
-    """By how much a stretch sharpens attention, through queries and keys each. Source: arXiv:2309.00071, equation 22."""
+    """By how much a stretch sharpens attention, through query and key each. Source: arXiv:2309.00071, equation 22."""
     return 1.0 if factor <= 1 else 0.1 * scale * math.log(factor) + 1.0
 
 

@@ -4,9 +4,9 @@ The balance loss of a segment of n tokens with E experts, k of them per token, i
 
     E / (k n^2) * sum_e chosen[e] * share[e]
 
-with chosen[e] the tokens that chose expert e and share[e] the sum of their shares (scores that add up to 1): 1 where both
-are even, E / k where all tokens put everything on the same experts. It is no mean over tokens, so it is taken for each
-segment alone and weighed by the segment's tokens: then packing, microbatches and meshes change nothing.
+with chosen[e] the tokens that chose expert e and share[e] the sum of their shares (scores that add up to 1): 1 where
+both are even, E / k where all tokens put everything on the same experts. It is no mean over tokens, so it is taken for
+each segment alone and weighed by the segment's tokens: then packing, microbatches and meshes change nothing.
 Source: DeepSeek-V3 (arXiv:2412.19437), equations 17 to 20; there a sequence is what a segment is here.
 
 Two experts, one each, two tokens that both choose the first, with shares (.75, .25) and (.5, .5):
@@ -51,7 +51,7 @@ class RouterSums(NamedTuple):
 
 
 class Router(nnx.Module):
-    """One linear map, in at least float32: near ties, bfloat16 would choose other experts from one kernel to the next."""
+    """One linear map, in at least float32: near ties, bfloat16 would choose others from one kernel to the next."""
 
     def __init__(self, moe: MoeConfig, embed_dim: int, stddev: float, key: Key[Array, ""], dtype: DTypeLike):
         self.moe = moe
@@ -74,7 +74,7 @@ class Router(nnx.Module):
 def choose_experts(logits: Float[Array, "B L E"], correction: Float[Array, " E"] | None, moe: MoeConfig) -> Choice:
     """The best experts by score. Gradients flow through the weights, not through the choice.
 
-    Source: Mixtral (arXiv:2401.04088), section 2.1; groups and correction: DeepSeek-V3 (arXiv:2412.19437), section 2.1.2.
+    Source: Mixtral (arXiv:2401.04088), section 2.1; groups and correction: DeepSeek-V3 (arXiv:2412.19437), 2.1.2.
     """
     if moe.scores == "sigmoid":
         scores = jax.nn.sigmoid(logits)

@@ -29,7 +29,8 @@ def test_every_byte_and_scale(dtype):
     blocks = np.resize(np.arange(256, dtype=np.uint8), (253, 3, 16))
     scales = np.stack([np.arange(253, dtype=np.uint8)] * 3, axis=1)
     decoded = mxfp4.decode(blocks, scales, dtype, "x")
-    assert decoded.dtype == dtype and decoded.shape == mxfp4.decoded_shape(scales.shape) == (253, 96)
+    assert decoded.dtype == dtype
+    assert decoded.shape == mxfp4.decoded_shape(scales.shape) == (253, 96)
     np.testing.assert_array_equal(decoded.astype(np.float64), slow_decode(blocks, scales))
     assert np.signbit(mxfp4.decode(np.full((1, 16), 0x88, np.uint8), np.zeros(1, np.uint8), dtype, "x")).all()
 

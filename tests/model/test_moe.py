@@ -10,9 +10,9 @@ import pytest
 
 from sft_jax.config_schema import MeshConfig
 from sft_jax.datatypes import ConfigError
-from sft_jax.model.presets import PRESETS
 from sft_jax.model.moe import MoeMlp
 from sft_jax.model.moe_config import MoeConfig
+from sft_jax.model.presets import PRESETS
 from sft_jax.model.router import Choice, TokenWeights, choose_experts, sum_router
 from sft_jax.sharding import build_mesh
 
@@ -21,7 +21,9 @@ CONFIG = dataclasses.replace(PRESETS["testbed"], embed_dim=D, initializer_range=
 VARIANTS = {
     "mixtral": MoeConfig(num_experts=4, experts_per_token=2, expert_dim=12),
     "qwen3_moe": MoeConfig(num_experts=8, experts_per_token=3, expert_dim=4, normalize_weights=False),
-    "gpt_oss": MoeConfig(num_experts=4, experts_per_token=2, expert_dim=8, router_bias=True, expert_bias=True, clamp=1.0),
+    "gpt_oss": MoeConfig(
+        num_experts=4, experts_per_token=2, expert_dim=8, router_bias=True, expert_bias=True, clamp=1.0
+    ),
     "deepseek_v3": MoeConfig(
         num_experts=8, experts_per_token=3, expert_dim=4, scores="sigmoid", weights_multiplier=2.5,
         correction_bias=True, num_groups=4, groups_per_token=2, shared_dim=8,

@@ -14,8 +14,8 @@ from sft_jax.model import transformer
 from sft_jax.model.attention import Rows, Scores, attend
 from sft_jax.model.families import LayerConfig, TransformerConfig, num_params, same_layers
 from sft_jax.model.presets import PRESETS
-from sft_jax.model.router import TokenWeights
 from sft_jax.model.rope import Llama3Scaling, RopeConfig, rope_for, rotate
+from sft_jax.model.router import TokenWeights
 from sft_jax.model.transformer import (
     EmbeddingNoise,
     abstract_params,
