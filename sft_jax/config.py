@@ -130,6 +130,7 @@ _CHOICES: dict[str, tuple[str, ...]] = {
     "data.packing": ("best_fit", "none"),
     "data.supervise": ("all", "last", "weighted"),
     "data.averaging": ("token", "example"),
+    "loss.router_tokens": ("all", "supervised"),
     "data.row_order": ("shuffled", "longest_first"),
     "data.too_long": ("error", "drop", "drop_early_turns", "split_turns", "truncate"),
     "data.unknown_tokens": ("error", "drop", "keep"),
@@ -144,7 +145,8 @@ _SPLITS = ("all", "train", "held_out")
 _AT_LEAST: dict[str, float] = {
     "data.max_seq_len": 2, "data.read_threads": 0, "data.prepare_processes": 0, "data.max_segments_per_row": 0,
     "batch.batch_size": 1, "batch.grad_accum_steps": 1, "batch.eval_batch_size": 0,
-    "loss.z_loss_weight": 0, "loss.label_smoothing": 0, "loss.chunk_tokens": 1,
+    "loss.z_loss_weight": 0, "loss.label_smoothing": 0, "loss.chunk_tokens": 1, "loss.router_balance_weight": 0,
+    "loss.router_z_loss_weight": 0,
     "model.neftune_alpha": 0, "optimizer.learning_rate": 0, "optimizer.weight_decay": 0, "optimizer.grad_clip_norm": 0,
     "optimizer.max_skipped_steps": 1, "schedule.num_epochs": 1, "schedule.num_steps": 1, "schedule.warmup_steps": 0,
     "schedule.warmup_fraction": 0, "schedule.final_fraction": 0, "schedule.decay_fraction": 0,
