@@ -175,20 +175,22 @@ def group_layers(layers: Sequence[LayerConfig]) -> tuple[LayerGroup, ...]:
 
     a a b a a b a a -> (a a b) twice, (a) twice.
     """
+    kinds = list(dict.fromkeys(layers))
+    numbers = [kinds.index(layer) for layer in layers]  # compared often
     best: list[tuple[int, tuple[LayerGroup, ...]]] = [(0, ())]  # for the last n layers: their places, and groups
     for start in reversed(range(len(layers))):
         rest = len(layers) - start
         options = []
         for period in range(1, rest + 1):
-            pattern = tuple(layers[start : start + period])
+            pattern = numbers[start : start + period]
             for repeats in itertools.count(1):
                 stop = start + repeats * period
-                if tuple(layers[stop - period : stop]) != pattern:
+                if numbers[stop - period : stop] != pattern:
                     break
                 places, groups = best[len(layers) - stop]
-                options.append((period + places, len(groups), -repeats, (LayerGroup(pattern, repeats), *groups)))
-        places, *_, groups = min(options, key=lambda option: option[:3])
-        best.append((places, groups))
+                options.append((period + places, len(groups), -repeats, period, groups))
+        places, _, repeats, period, groups = min(options, key=lambda option: option[:3])
+        best.append((places, (LayerGroup(tuple(layers[start : start + period]), -repeats), *groups)))
     return best[-1][1]
 
 

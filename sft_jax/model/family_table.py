@@ -175,6 +175,25 @@ FAMILIES: dict[str, Family] = {
         window=4096,
         **_GEMMA,
     ),
+    # OLMo-2: no norm before a part, one after it, and one over all queries and all keys.
+    "olmo2": Family(
+        architecture="Olmo2ForCausalLM",
+        fixed={"norms": "post", "qk_norm": "all"},
+        options={"attention_bias": False},
+        defaults={"rms_norm_eps": 1e-5},
+    ),
+    # Granite 3: Llama with four multipliers.
+    "granite": Family(
+        architecture="GraniteForCausalLM",
+        options={
+            "attention_bias": False,
+            "mlp_bias": False,
+            "embedding_multiplier": 1.0,
+            "attention_multiplier": 1.0,
+            "residual_multiplier": 1.0,
+            "logits_scaling": 1.0,
+        },
+    ),
     # Phi-3, Phi-3.5, Phi-4 and Phi-4-mini: fused tensors, see hf_names.
     "phi3": Family(
         architecture="Phi3ForCausalLM",

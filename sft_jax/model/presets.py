@@ -1,13 +1,17 @@
-"""The usual sizes by name, each with its source."""
+"""The usual sizes by name, in the words of the config.json that each comes from.
+
+The sources are https://huggingface.co/<source>/blob/main/config.json; tests/model/test_presets.py holds the published
+numbers of parameters.
+"""
 
 import dataclasses
 import typing
-from typing import Any
+from typing import Any, NamedTuple
 
 from sft_jax.datatypes import ConfigError
 from sft_jax.model.config_fields import Fields
-from sft_jax.model.families import LayerConfig, TransformerConfig, same_layers, with_num_layers
-from sft_jax.model.rope import Llama3Scaling, RopeConfig
+from sft_jax.model.families import TransformerConfig, with_num_layers
+from sft_jax.model.hf_config import read_hf_config
 
 
 def preset_config(name: str, overrides: dict[str, Any]) -> TransformerConfig:
@@ -36,44 +40,178 @@ def preset_config(name: str, overrides: dict[str, Any]) -> TransformerConfig:
     return dataclasses.replace(config, **values)
 
 
-def _llama(num_layers: int, theta: float, scaling: Llama3Scaling | None = None, **fields: Any) -> TransformerConfig:
-    layer = LayerConfig(rope=RopeConfig(theta=theta, scaling=scaling))
-    return TransformerConfig(layers=same_layers(num_layers, layer), norm_eps=1e-5, **fields)
+class Preset(NamedTuple):
+    """A config.json, and the repository that it lies in; '' for our own."""
+
+    source: str
+    fields: dict[str, Any]
 
 
-def _llama31(factor: float) -> Llama3Scaling:
-    return Llama3Scaling(factor=factor, low_freq_factor=1.0, high_freq_factor=4.0, original_max_position=8192)
+def _preset(
+    family: str,
+    source: str,
+    sizes: tuple[int, int, int, int, int],
+    vocab_size: int,
+    **fields: Any,
+) -> Preset:
+    """Args:
+    sizes: layers, embed_dim, mlp_dim, query heads, key/value heads.
+    """
+    names = ("num_hidden_layers", "hidden_size", "intermediate_size", "num_attention_heads", "num_key_value_heads")
+    given = {"model_type": family, "vocab_size": vocab_size, **dict(zip(names, sizes, strict=True))}
+    return Preset(source, given | fields)
 
 
-PRESETS: dict[str, TransformerConfig] = {
-    # https://huggingface.co/meta-llama/Llama-3.1-70B/blob/main/config.json
-    "llama3.1-70b": _llama(
-        80, 500_000.0, _llama31(8.0), vocab_size=128256, embed_dim=8192, mlp_dim=28672, num_heads=64, num_kv_heads=8,
-        head_dim=128, tie_embeddings=False, max_position=131072,
-    ),
-    # https://huggingface.co/meta-llama/Llama-3.1-8B/blob/main/config.json
-    "llama3.1-8b": _llama(
-        32, 500_000.0, _llama31(8.0), vocab_size=128256, embed_dim=4096, mlp_dim=14336, num_heads=32, num_kv_heads=8,
-        head_dim=128, tie_embeddings=False, max_position=131072,
-    ),
-    # https://huggingface.co/meta-llama/Llama-3.2-1B/blob/main/config.json
-    "llama3.2-1b": _llama(
-        16, 500_000.0, _llama31(32.0), vocab_size=128256, embed_dim=2048, mlp_dim=8192, num_heads=32, num_kv_heads=8,
-        head_dim=64, tie_embeddings=True, max_position=131072,
-    ),
-    # https://huggingface.co/meta-llama/Llama-2-7b-hf/blob/main/config.json
-    "llama2-7b": _llama(
-        32, 10_000.0, vocab_size=32000, embed_dim=4096, mlp_dim=11008, num_heads=32, num_kv_heads=32, head_dim=128,
-        tie_embeddings=False, max_position=4096,
-    ),
+def _llama3_rope(factor: float) -> dict[str, Any]:
+    return {
+        "rope_theta": 500_000.0,
+        "rope_scaling": {
+            "rope_type": "llama3",
+            "factor": factor,
+            "low_freq_factor": 1.0,
+            "high_freq_factor": 4.0,
+            "original_max_position_embeddings": 8192,
+        },
+    }
+
+
+_LLAMA = {"rms_norm_eps": 1e-5}
+_LLAMA2 = _LLAMA | {"max_position_embeddings": 4096}
+_LLAMA3 = _LLAMA | {"rope_theta": 500_000.0, "max_position_embeddings": 8192}
+_LLAMA31 = _LLAMA | _llama3_rope(8.0) | {"max_position_embeddings": 131_072}
+_LLAMA32 = _LLAMA | _llama3_rope(32.0) | {"max_position_embeddings": 131_072, "tie_word_embeddings": True}
+_MISTRAL = {"rms_norm_eps": 1e-5, "head_dim": 128, "sliding_window": None}
+_QWEN25 = {"rope_theta": 1_000_000.0}
+_QWEN3 = {"rope_theta": 1_000_000.0, "head_dim": 128, "max_position_embeddings": 40_960}
+_GEMMA3 = {"rope_scaling": {"rope_type": "linear", "factor": 8.0}, "sliding_window": 1024}
+_OLMO2 = {"rope_theta": 500_000.0, "rms_norm_eps": 1e-6, "max_position_embeddings": 4096}
+_GRANITE3 = {
+    "rope_theta": 10_000_000.0,
+    "rms_norm_eps": 1e-5,
+    "max_position_embeddings": 131_072,
+    "tie_word_embeddings": True,
+    "embedding_multiplier": 12.0,
+    "residual_multiplier": 0.22,
+}
+_TIED = {"tie_word_embeddings": True}
+
+_TABLE: dict[str, Preset] = {
     # The embedded testbed's base model: 0.87M parameters, pretrained in minutes on a CPU.
-    "testbed": _llama(
-        4, 10_000.0, vocab_size=1024, embed_dim=128, mlp_dim=352, num_heads=4, num_kv_heads=2, head_dim=32,
-        tie_embeddings=True, max_position=1024,
-    ),
+    "testbed": _preset("llama", "", (4, 128, 352, 4, 2), 1024, **_LLAMA, **_TIED, max_position_embeddings=1024),
     # Workload W1 of benchmarks/: 15.2M parameters.
-    "w1": _llama(
-        6, 10_000.0, vocab_size=32000, embed_dim=288, mlp_dim=768, num_heads=6, num_kv_heads=6, head_dim=48,
-        tie_embeddings=True, max_position=2048,
+    "w1": _preset("llama", "", (6, 288, 768, 6, 6), 32_000, **_LLAMA, **_TIED, max_position_embeddings=2048),
+    "llama2-7b": _preset("llama", "meta-llama/Llama-2-7b-hf", (32, 4096, 11008, 32, 32), 32_000, **_LLAMA2),
+    "llama2-13b": _preset("llama", "meta-llama/Llama-2-13b-hf", (40, 5120, 13824, 40, 40), 32_000, **_LLAMA2),
+    "llama2-70b": _preset("llama", "meta-llama/Llama-2-70b-hf", (80, 8192, 28672, 64, 8), 32_000, **_LLAMA2),
+    "llama3-8b": _preset("llama", "meta-llama/Meta-Llama-3-8B", (32, 4096, 14336, 32, 8), 128_256, **_LLAMA3),
+    "llama3-70b": _preset("llama", "meta-llama/Meta-Llama-3-70B", (80, 8192, 28672, 64, 8), 128_256, **_LLAMA3),
+    "llama3.1-8b": _preset("llama", "meta-llama/Llama-3.1-8B", (32, 4096, 14336, 32, 8), 128_256, **_LLAMA31),
+    "llama3.1-70b": _preset("llama", "meta-llama/Llama-3.1-70B", (80, 8192, 28672, 64, 8), 128_256, **_LLAMA31),
+    "llama3.1-405b": _preset("llama", "meta-llama/Llama-3.1-405B", (126, 16384, 53248, 128, 8), 128_256, **_LLAMA31),
+    "llama3.2-1b": _preset(
+        "llama", "meta-llama/Llama-3.2-1B", (16, 2048, 8192, 32, 8), 128_256, **_LLAMA32, head_dim=64
+    ),
+    "llama3.2-3b": _preset(
+        "llama", "meta-llama/Llama-3.2-3B", (28, 3072, 8192, 24, 8), 128_256, **_LLAMA32, head_dim=128
+    ),
+    "llama3.3-70b": _preset(
+        "llama", "meta-llama/Llama-3.3-70B-Instruct", (80, 8192, 28672, 64, 8), 128_256, **_LLAMA31
+    ),
+    "mistral-7b-v0.1": _preset(
+        "mistral", "mistralai/Mistral-7B-v0.1", (32, 4096, 14336, 32, 8), 32_000, **_MISTRAL | {"sliding_window": 4096},
+        rope_theta=10_000.0, max_position_embeddings=32_768,
+    ),
+    "mistral-7b-v0.3": _preset(
+        "mistral", "mistralai/Mistral-7B-v0.3", (32, 4096, 14336, 32, 8), 32_768, **_MISTRAL,
+        rope_theta=1_000_000.0, max_position_embeddings=32_768,
+    ),
+    "mistral-nemo-12b": _preset(
+        "mistral", "mistralai/Mistral-Nemo-Instruct-2407", (40, 5120, 14336, 32, 8), 131_072, **_MISTRAL,
+        rope_theta=1_000_000.0, max_position_embeddings=131_072,
+    ),
+    "mistral-small-24b": _preset(
+        "mistral", "mistralai/Mistral-Small-24B-Base-2501", (40, 5120, 32768, 32, 8), 131_072, **_MISTRAL,
+        rope_theta=100_000_000.0, max_position_embeddings=32_768,
+    ),
+    "qwen2.5-0.5b": _preset(
+        "qwen2", "Qwen/Qwen2.5-0.5B", (24, 896, 4864, 14, 2), 151_936, **_QWEN25, **_TIED,
+        max_position_embeddings=32_768,
+    ),
+    "qwen2.5-1.5b": _preset(
+        "qwen2", "Qwen/Qwen2.5-1.5B", (28, 1536, 8960, 12, 2), 151_936, **_QWEN25, **_TIED,
+        max_position_embeddings=131_072,
+    ),
+    "qwen2.5-3b": _preset(
+        "qwen2", "Qwen/Qwen2.5-3B", (36, 2048, 11008, 16, 2), 151_936, **_QWEN25, **_TIED,
+        max_position_embeddings=32_768,
+    ),
+    "qwen2.5-7b": _preset(
+        "qwen2", "Qwen/Qwen2.5-7B", (28, 3584, 18944, 28, 4), 152_064, **_QWEN25, max_position_embeddings=131_072
+    ),
+    "qwen2.5-14b": _preset(
+        "qwen2", "Qwen/Qwen2.5-14B", (48, 5120, 13824, 40, 8), 152_064, **_QWEN25, rms_norm_eps=1e-5,
+        max_position_embeddings=131_072,
+    ),
+    "qwen2.5-32b": _preset(
+        "qwen2", "Qwen/Qwen2.5-32B", (64, 5120, 27648, 40, 8), 152_064, **_QWEN25, rms_norm_eps=1e-5,
+        max_position_embeddings=131_072,
+    ),
+    "qwen2.5-72b": _preset(
+        "qwen2", "Qwen/Qwen2.5-72B", (80, 8192, 29568, 64, 8), 152_064, **_QWEN25, rms_norm_eps=1e-5,
+        max_position_embeddings=131_072,
+    ),
+    "qwen3-0.6b": _preset("qwen3", "Qwen/Qwen3-0.6B", (28, 1024, 3072, 16, 8), 151_936, **_QWEN3, **_TIED),
+    "qwen3-1.7b": _preset("qwen3", "Qwen/Qwen3-1.7B", (28, 2048, 6144, 16, 8), 151_936, **_QWEN3, **_TIED),
+    "qwen3-4b": _preset("qwen3", "Qwen/Qwen3-4B", (36, 2560, 9728, 32, 8), 151_936, **_QWEN3, **_TIED),
+    "qwen3-8b": _preset("qwen3", "Qwen/Qwen3-8B", (36, 4096, 12288, 32, 8), 151_936, **_QWEN3),
+    "qwen3-14b": _preset("qwen3", "Qwen/Qwen3-14B", (40, 5120, 17408, 40, 8), 151_936, **_QWEN3),
+    "qwen3-32b": _preset("qwen3", "Qwen/Qwen3-32B", (64, 5120, 25600, 64, 8), 151_936, **_QWEN3),
+    "gemma-2b": _preset("gemma", "google/gemma-2b", (18, 2048, 16384, 8, 1), 256_000),
+    "gemma-7b": _preset("gemma", "google/gemma-7b", (28, 3072, 24576, 16, 16), 256_000),
+    "gemma2-2b": _preset("gemma2", "google/gemma-2-2b", (26, 2304, 9216, 8, 4), 256_000),
+    "gemma2-9b": _preset("gemma2", "google/gemma-2-9b", (42, 3584, 14336, 16, 8), 256_000),
+    "gemma2-27b": _preset(
+        "gemma2", "google/gemma-2-27b", (46, 4608, 36864, 32, 16), 256_000, head_dim=128, query_pre_attn_scalar=144
+    ),
+    "gemma3-270m": _preset(
+        "gemma3_text", "google/gemma-3-270m", (18, 640, 2048, 4, 1), 262_144, sliding_window=512,
+        max_position_embeddings=32_768,
+    ),
+    "gemma3-1b": _preset(
+        "gemma3_text", "google/gemma-3-1b-pt", (26, 1152, 6912, 4, 1), 262_144, sliding_window=512,
+        max_position_embeddings=32_768,
+    ),
+    # The text models of folders that hold images too.
+    "gemma3-4b": _preset("gemma3_text", "google/gemma-3-4b-pt", (34, 2560, 10240, 8, 4), 262_208, **_GEMMA3),
+    "gemma3-12b": _preset("gemma3_text", "google/gemma-3-12b-pt", (48, 3840, 15360, 16, 8), 262_208, **_GEMMA3),
+    "gemma3-27b": _preset(
+        "gemma3_text", "google/gemma-3-27b-pt", (62, 5376, 21504, 32, 16), 262_208, **_GEMMA3, head_dim=128,
+        query_pre_attn_scalar=168,
+    ),
+    "phi3-mini-4k": _preset(
+        "phi3", "microsoft/Phi-3-mini-4k-instruct", (32, 3072, 8192, 32, 32), 32_064, sliding_window=2047
+    ),
+    "phi3-medium-4k": _preset(
+        "phi3", "microsoft/Phi-3-medium-4k-instruct", (40, 5120, 17920, 40, 10), 32_064, sliding_window=2047
+    ),
+    "phi4": _preset(
+        "phi3", "microsoft/phi-4", (40, 5120, 17920, 40, 10), 100_352, rope_theta=250_000.0,
+        max_position_embeddings=16_384, original_max_position_embeddings=16_384,
+    ),
+    "olmo2-1b": _preset("olmo2", "allenai/OLMo-2-0425-1B", (16, 2048, 8192, 16, 16), 100_352, **_OLMO2),
+    "olmo2-7b": _preset("olmo2", "allenai/OLMo-2-1124-7B", (32, 4096, 11008, 32, 32), 100_352, **_OLMO2),
+    "olmo2-13b": _preset("olmo2", "allenai/OLMo-2-1124-13B", (40, 5120, 13824, 40, 40), 100_352, **_OLMO2),
+    "olmo2-32b": _preset("olmo2", "allenai/OLMo-2-0325-32B", (64, 5120, 27648, 40, 8), 100_352, **_OLMO2),
+    "granite3.1-2b": _preset(
+        "granite", "ibm-granite/granite-3.1-2b-instruct", (40, 2048, 8192, 32, 8), 49_155, **_GRANITE3,
+        attention_multiplier=0.015625, logits_scaling=8.0,
+    ),
+    "granite3.1-8b": _preset(
+        "granite", "ibm-granite/granite-3.1-8b-instruct", (40, 4096, 12800, 32, 8), 49_155, **_GRANITE3,
+        attention_multiplier=0.0078125, logits_scaling=16.0,
     ),
 }  # fmt: skip
+
+PRESETS: dict[str, TransformerConfig] = {
+    name: read_hf_config(preset.fields, preset.source or name) for name, preset in _TABLE.items()
+}

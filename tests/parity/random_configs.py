@@ -119,6 +119,20 @@ def _gemma3(rng: np.random.Generator, fields: dict[str, Any]) -> None:
         fields |= {"rope_scaling": {"rope_type": "linear", "factor": 8.0}, "max_position_embeddings": 256}
 
 
+def _olmo2(rng: np.random.Generator, fields: dict[str, Any]) -> None:
+    fields["attention_bias"] = bool(rng.integers(2))
+
+
+def _granite(rng: np.random.Generator, fields: dict[str, Any]) -> None:
+    _llama(rng, fields)
+    fields |= {
+        "embedding_multiplier": _pick(rng, [1.0, 12, 3.5]),
+        "attention_multiplier": _pick(rng, [1.0, 0.015625, 0.4]),
+        "residual_multiplier": _pick(rng, [1.0, 0.22]),
+        "logits_scaling": _pick(rng, [1.0, 2, 0.8]),
+    }
+
+
 def _phi3(rng: np.random.Generator, fields: dict[str, Any]) -> None:
     head_dim = fields["hidden_size"] // fields["num_attention_heads"]
     fields.pop("head_dim")
@@ -211,6 +225,8 @@ _FAMILIES = {
     "gemma": _gemma,
     "gemma2": _gemma2,
     "gemma3_text": _gemma3,
+    "olmo2": _olmo2,
+    "granite": _granite,
     "phi3": _phi3,
     "mixtral": _mixtral,
     "qwen3_moe": _qwen3_moe,
