@@ -11,8 +11,9 @@ import optax
 from etils import epath
 from jax.sharding import AbstractMesh, Mesh, NamedSharding
 
-from sft_jax.checkpoint.hf import load_pretrained, read_config
+from sft_jax.checkpoint.hf import grow_sources, load_pretrained, open_sources, read_config
 from sft_jax.checkpoint.manager import CheckpointManager
+from sft_jax.checkpoint.param_source import ParamSource
 from sft_jax.config_schema import Config
 from sft_jax.data import rendering
 from sft_jax.data.pipeline import PackedDataset, open_dataset
@@ -27,6 +28,7 @@ from sft_jax.training.loop import EarlyStopping
 from sft_jax.training.optimizer import build_optimizer
 from sft_jax.training.state import TrainState, abstract_state, init_state, split_params
 from sft_jax.training.step import make_eval_step
+from sft_jax.typing import Array
 
 
 def use_compilation_cache(config: Config) -> None:
@@ -158,6 +160,23 @@ def place_model(config: Config, renderer: Renderer) -> ModelOnMesh:
     shapes = abstract_params(model, config.model.param_dtype)
     dims = {path: logical_dims(path) for path in shapes}
     return ModelOnMesh(config, model, mesh, shardings_for(mesh, dims, {path: s.shape for path, s in shapes.items()}))
+
+
+def open_sources_of_step(
+    config: Config, renderer: Renderer, manager: CheckpointManager, step: int
+) -> tuple[TransformerConfig, dict[str, Array | ParamSource]]:
+    """The model and, for each of its parameters, where it lies on disk: in the checkpoint, or in `config.model.path`
+    where it was frozen. Neither a mesh nor memory for the model is needed. Frozen random parameters are made again."""
+    model = open_model_config(config, renderer)
+    trained, frozen = split_params(abstract_params(model, config.model.param_dtype), config.model.freeze)
+    sources: dict[str, Array | ParamSource] = dict(manager.open_params(step, trained))
+    if frozen and config.model.path:
+        stored, _ = read_config(config.model.path)
+        base = grow_sources(open_sources(config.model.path, stored), model)
+        sources |= {path: base[path] for path in frozen}
+    elif frozen:
+        sources |= place_model(config, renderer).open_frozen()
+    return model, sources
 
 
 @dataclasses.dataclass(frozen=True)

@@ -12,8 +12,9 @@ import jax
 from etils import epath
 from rich.console import Console
 
-from sft_jax.checkpoint.hf import check_export_target, export_pretrained
+from sft_jax.checkpoint.hf_export import check_export_target, export_pretrained
 from sft_jax.checkpoint.manager import CheckpointManager
+from sft_jax.checkpoint.model_card import make_model_card
 from sft_jax.command_line import config_parser, read_config, run_command
 from sft_jax.config import warnings_for
 from sft_jax.config_schema import Config
@@ -117,7 +118,14 @@ def run(config: Config, console: Console | None = None) -> epath.Path:
         params, template = {**state.params, **frozen}, renderer.template.text
         dtype = config.model.param_dtype
         export_pretrained(
-            run_dir / "export", params, placed.model, renderer.tokenizer, template, renderer.stop_ids, dtype
+            run_dir / "export",
+            params,
+            placed.model,
+            renderer.tokenizer,
+            template,
+            renderer.stop_ids,
+            dtype,
+            model_card=make_model_card(run_dir, int(state.step)) if jax.process_index() == 0 else "",
         )
         console.print(f"exported to {run_dir / 'export'}", soft_wrap=True)
     return run_dir

@@ -13,12 +13,12 @@ import dataclasses
 import itertools
 import math
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 
 import numpy as np
 
-from sft_jax.checkpoint.safetensors_io import TensorInfo
+from sft_jax.checkpoint.stored_tensor import StoredTensor
 from sft_jax.datatypes import StorageError
 from sft_jax.model.families import LayerConfig, TransformerConfig, find_moe
 from sft_jax.model.latent_config import LatentConfig
@@ -85,27 +85,14 @@ class TensorRule:
         return split.transpose([hf_order.index(dim) for dim in self.dims.split()])
 
     def to_hf(self, values: np.ndarray) -> np.ndarray:
-        """One layer of our parameter in their dims: [D, N, H] -> [N*H, D]. Of a fused tensor this is one part, for
-        `join_parts`."""
+        """One layer of our parameter in their dims: [D, N, H] -> [N*H, D]. Of a fused tensor this is one part."""
         dims = self.dims.split()
         sizes = dict(zip(dims, values.shape, strict=True))
-        if _TURNS in _flat(self.hf_dims):
-            dims, sizes, values = [*dims, _TURNS], sizes | {_TURNS: 1}, values[..., None]
         ordered = values.transpose([dims.index(dim) for dim in _flat(self.hf_dims)])
         return ordered.reshape([math.prod(sizes[dim] for dim in group) for group in _groups(self.hf_dims)])
 
 
 _TURNS = "2"
-
-
-def join_parts(rules: Sequence[TensorRule], parts: Sequence[np.ndarray]) -> np.ndarray:
-    """One tensor of theirs, from what `to_hf` made of each of its parts."""
-    if len(parts) == 1:
-        return parts[0]
-    if _TURNS not in _flat(rules[0].hf_dims):
-        return np.concatenate(parts)
-    assert rules[0].hf_dims.endswith(f" {_TURNS})"), f"{rules[0]} takes turns along another dim than the last"
-    return np.stack(parts, axis=-1).reshape(*parts[0].shape[:-1], -1)
 
 
 def _groups(dims: str) -> list[list[str]]:
@@ -347,8 +334,8 @@ def hf_tensors(config: TransformerConfig) -> Iterator[tuple[str, tuple[TensorRul
 
 
 def match_tensors(
-    config: TransformerConfig, index: Mapping[str, TensorInfo], where: str
-) -> dict[str, tuple[TensorInfo, ...]]:
+    config: TransformerConfig, index: Mapping[str, StoredTensor], where: str
+) -> dict[str, tuple[StoredTensor, ...]]:
     """For each parameter path, its tensors by layer. Reads nothing.
 
     A tied folder may store the one matrix under the embedding's name, the head's, or both; where it is both, the
@@ -387,10 +374,10 @@ def match_tensors(
     return matched
 
 
-def _check(tensor: TensorInfo, shape: tuple[int, ...]) -> None:
+def _check(tensor: StoredTensor, shape: tuple[int, ...]) -> None:
     if tensor.shape != shape:
         raise StorageError(
             f"{tensor} is {list(tensor.shape)}, and config.json asks for {list(shape)}. They are of different models."
         )
-    if tensor.dtype.name not in ("float64", "float32", "float16", "bfloat16"):
+    if tensor.dtype.name not in ("float64", "float32", "float16", "bfloat16", "float8_e4m3fn", "float8_e5m2"):
         raise StorageError(f"{tensor} has dtype {tensor.dtype.name}; quantized weights are not supported. Dequantize.")

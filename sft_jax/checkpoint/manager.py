@@ -4,7 +4,7 @@ A step holds two items: `state`, to which each process writes its own shards in 
 Orbax renames a finished step into place, so a step that is listed is complete.
 """
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import jax
@@ -12,6 +12,7 @@ import orbax.checkpoint as ocp
 from etils import epath
 from orbax.checkpoint.checkpoint_managers import preservation_policy as policy
 
+from sft_jax.checkpoint.orbax_item import OrbaxSource, open_item
 from sft_jax.datatypes import StorageError
 
 
@@ -72,6 +73,11 @@ class CheckpointManager:
         args = _restore_args({"params": dict(abstract)}, partial_restore=True)
         return self._restore(step, ocp.args.Composite(state=args))["state"]["params"]
 
+    def open_params(self, step: int, paths: Iterable[str]) -> dict[str, OrbaxSource]:
+        """Where parameters of a step lie: none is read."""
+        self._check(step)
+        return open_item(self.directory / str(step) / "state", {path: f"params.{path}" for path in paths})
+
     def read_meta(self, step: int) -> dict[str, Any]:
         return self._restore(step, ocp.args.Composite(meta=ocp.args.JsonRestore()))["meta"]
 
@@ -90,10 +96,13 @@ class CheckpointManager:
         self.wait()
         self._orbax.close()
 
-    def _restore(self, step: int, args: ocp.args.Composite) -> Any:
+    def _check(self, step: int) -> None:
         if step not in self._orbax.all_steps():
             found = ", ".join(map(str, self.all_steps())) or "none"
             raise StorageError(f"{self.directory}: has no step {step}. Saved steps: {found}.")
+
+    def _restore(self, step: int, args: ocp.args.Composite) -> Any:
+        self._check(step)
         try:
             return self._orbax.restore(step, args=args)
         except (OSError, ValueError, KeyError) as error:

@@ -11,10 +11,13 @@ shared power of two: 2 ** (scale - 127). The 4 bits are a sign, two of exponent 
 Source: OCP Microscaling Formats (MX) Specification v1.0, sections 5.3.3 and 6.3.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
 
+import ml_dtypes
 import numpy as np
 
+from sft_jax.checkpoint.stored_tensor import Index, Select, StoredTensor
 from sft_jax.datatypes import StorageError
 
 BLOCK = 32
@@ -23,6 +26,58 @@ _VALUES = np.asarray(_POSITIVE + tuple(-value for value in _POSITIVE), np.float3
 _PAIRS = _VALUES[np.stack([np.arange(256) & 15, np.arange(256) >> 4], axis=-1)]  # [byte, 2]
 _LARGEST = 252  # 6 * 2 ** 125 is float32's last; beyond are numbers no weight has, and 255 is NaN
 _CHUNK = 1 << 16  # blocks decoded at one time: 8 MiB of float32
+
+
+@dataclass(frozen=True, slots=True)
+class Mxfp4Tensor(StoredTensor):
+    """A tensor [E, n, rows] that is stored as blocks [E, rows, n / 32, 16] and scales [E, rows, n / 32]."""
+
+    name: str
+    blocks: StoredTensor
+    scales: StoredTensor
+
+    def __str__(self) -> str:
+        return str(self.blocks)
+
+    @property
+    def shape(self) -> tuple[int, ...]:  # type: ignore[override]
+        *outer, rows, size = decoded_shape(self.scales.shape)
+        return (*outer, size, rows)
+
+    @property
+    def dtype(self) -> np.dtype:  # type: ignore[override]
+        return np.dtype(ml_dtypes.bfloat16)
+
+    def read_box(self, box: Index) -> np.ndarray:
+        *outer, wanted, rows = box
+        of_blocks = slice(wanted.start // BLOCK, -(-wanted.stop // BLOCK))
+        scales = self.scales.read_box((*outer, rows, of_blocks))
+        blocks = self.blocks.read_box((*outer, rows, of_blocks, slice(0, BLOCK // 2)))
+        first = of_blocks.start * BLOCK
+        values = decode(blocks, scales, self.dtype, str(self))[..., wanted.start - first : wanted.stop - first]
+        return values.swapaxes(-1, -2)
+
+    def read_view(self, select: Select, out: np.ndarray) -> None:
+        """Expert by expert, so that one of them is decoded at a time."""
+        for expert in range(len(out)):
+            part = slice(expert, expert + 1)
+            StoredTensor.read_view(self, lambda whole, part=part: select(whole)[part], out[part])  # type: ignore[misc]
+
+
+def join_mxfp4(index: Mapping[str, StoredTensor]) -> dict[str, StoredTensor]:
+    """The tensors of a folder, with one in place of each pair of blocks and scales.
+
+    Raises:
+      StorageError: a pair is not MXFP4's.
+    """
+    joined = dict(index)
+    for name in index:
+        stem = name.removesuffix("_blocks")
+        if stem != name and f"{stem}_scales" in index:
+            blocks, scales = joined.pop(name), joined.pop(f"{stem}_scales")
+            check(blocks.shape, blocks.dtype, scales.shape, scales.dtype, str(blocks))
+            joined[stem] = Mxfp4Tensor(stem, blocks, scales)
+    return joined
 
 
 def decode(blocks: np.ndarray, scales: np.ndarray, dtype: np.dtype, where: str) -> np.ndarray:

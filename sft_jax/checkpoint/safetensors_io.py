@@ -1,4 +1,4 @@
-"""A folder of safetensors files -> an index of tensors, mapped on demand; and tensors, one by one -> such a folder.
+"""A folder of safetensors files, on disk or behind a URL -> an index of tensors, whose bytes are read on demand.
 
 One file is an 8-byte little-endian length n, a JSON header of n bytes, and the tensors' bytes end to end:
 
@@ -9,19 +9,21 @@ two tensors share bytes and no bytes are left unexplained. Pickle formats are ne
 Source: https://github.com/huggingface/safetensors#format
 """
 
+import itertools
 import json
 import math
-import os
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Annotated, Any
 
 import ml_dtypes
 import msgspec
 import numpy as np
 
+from sft_jax.checkpoint.model_files import Folder, ModelFile, file_in, list_folder
+from sft_jax.checkpoint.stored_tensor import Index, StoredTensor
 from sft_jax.datatypes import StorageError
 
 DTYPES: dict[str, np.dtype] = {
@@ -30,41 +32,36 @@ DTYPES: dict[str, np.dtype] = {
     "F16": np.dtype("<f2"), "F32": np.dtype("<f4"), "F64": np.dtype("<f8"), "BF16": np.dtype(ml_dtypes.bfloat16),
     "F8_E4M3": np.dtype(ml_dtypes.float8_e4m3fn), "F8_E5M2": np.dtype(ml_dtypes.float8_e5m2),
 }  # fmt: skip
-_DTYPE_NAMES = {dtype: name for name, dtype in DTYPES.items()}
 
 SINGLE_FILE = "model.safetensors"
 INDEX_FILE = "model.safetensors.index.json"
-MAX_SHARD_BYTES = 5_000_000_000
-_MAX_HEADER_BYTES = 100_000_000  # the reference implementation's bound
+_MAX_HEADER_BYTES = 2**25  # the reference implementation allows 100 MB; a header of 200,000 tensors has 25
+_MAX_DIMS, _MAX_VALUES = 8, 2**48
 _PICKLE_SUFFIXES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
+# Of remote files: bytes between two wanted ranges that are read with them, and bytes of one request.
+_MAX_GAP_BYTES = 2**16
+_REQUEST_BYTES = 2**25
+_REQUESTS_AT_ONCE = 4
 
 
 @dataclass(frozen=True, slots=True)
-class TensorInfo:
+class TensorInfo(StoredTensor):
     """Where a tensor lies: bytes [begin, end) of `file`, row-major."""
 
     name: str
     dtype: np.dtype
     shape: tuple[int, ...]
-    file: Path
+    file: ModelFile
     begin: int
     end: int
 
     def __str__(self) -> str:
         return f"{self.file}: tensor {self.name}"
 
-
-@dataclass(frozen=True, slots=True)
-class TensorSpec:
-    """A tensor to be written."""
-
-    name: str
-    dtype: np.dtype
-    shape: tuple[int, ...]
-
-    @property
-    def num_bytes(self) -> int:
-        return math.prod(self.shape) * self.dtype.itemsize
+    def read_box(self, box: Index) -> np.ndarray:
+        if self.file.is_remote:
+            return _fetch_box(self, box)
+        return map_tensor(self)[box]
 
 
 _Count = Annotated[int, msgspec.Meta(ge=0)]
@@ -72,7 +69,7 @@ _Count = Annotated[int, msgspec.Meta(ge=0)]
 
 class _HeaderEntry(msgspec.Struct, forbid_unknown_fields=True):
     dtype: str
-    shape: list[_Count]
+    shape: Annotated[list[_Count], msgspec.Meta(max_length=_MAX_DIMS)]
     data_offsets: tuple[_Count, _Count]
 
 
@@ -80,25 +77,28 @@ class _Index(msgspec.Struct):
     weight_map: dict[str, str]
 
 
-def read_index(folder: str | os.PathLike[str]) -> dict[str, TensorInfo]:
-    """The tensors of a folder that holds `model.safetensors`, or shards with `model.safetensors.index.json`.
+def read_index(folder: Folder) -> dict[str, TensorInfo]:
+    """The tensors of a folder that holds `model.safetensors`, or shards with or without `model.safetensors.index.json`.
 
     Reads headers only.
 
     Raises:
       StorageError: where there is no such file, both, only pickles, or a file, a header or the index is wrong.
     """
-    folder = Path(folder)
-    has_single, has_index = (folder / SINGLE_FILE).is_file(), (folder / INDEX_FILE).is_file()
-    if has_single and has_index:
+    names = list_folder(folder)
+    if SINGLE_FILE in names and INDEX_FILE in names:
         raise StorageError(
             f"{folder}: has {SINGLE_FILE} and {INDEX_FILE}, and they may hold different weights. Remove the stale one."
         )
-    if has_single:
-        return read_header(folder / SINGLE_FILE)
-    if has_index:
+    if SINGLE_FILE in names:
+        return read_header(file_in(folder, SINGLE_FILE))
+    if INDEX_FILE in names:
         return _read_sharded(folder)
-    pickles = sorted(p.name for p in folder.glob("*") if p.suffix in _PICKLE_SUFFIXES)
+    shards = [name for name in names if name.endswith(".safetensors")]
+    if shards:
+        _check_numbering(folder, shards)
+        return _read_shards(folder, shards)
+    pickles = [name for name in names if name.endswith(_PICKLE_SUFFIXES)]
     if pickles:
         raise StorageError(
             f"{folder}: has no {SINGLE_FILE}, only {', '.join(pickles[:3])}. Pickle files can run code and are never "
@@ -107,64 +107,67 @@ def read_index(folder: str | os.PathLike[str]) -> dict[str, TensorInfo]:
     raise StorageError(f"{folder}: has neither {SINGLE_FILE} nor {INDEX_FILE}. Name a Hugging Face model folder.")
 
 
-def read_header(file: Path) -> dict[str, TensorInfo]:
+def read_header(file: ModelFile) -> dict[str, TensorInfo]:
     """The tensors of one safetensors file.
 
     Raises:
       StorageError: where the file cannot be read or is not exactly what its header says.
     """
-    try:
-        size = file.stat().st_size
-        with file.open("rb") as stream:
-            length = int.from_bytes(stream.read(8), "little")
-            if size < 8 or length > min(size - 8, _MAX_HEADER_BYTES):
-                raise StorageError(
-                    f"{file}: its header claims {length} bytes, and the file has {size}. It is truncated, or no "
-                    "safetensors file (a Git LFS pointer?). Download it again."
-                )
-            header = stream.read(length)
-    except OSError as error:
-        raise StorageError(f"{file}: cannot be read: {error.strerror}. Check the path and its permissions.") from error
-    fields = _parse_json(header, file, "header")
-    fields.pop("__metadata__", None)
-    entries = _convert(fields, dict[str, _HeaderEntry], file, "header")
-    tensors = {name: _tensor_info(name, entry, file, 8 + length) for name, entry in entries.items()}
+    size = file.size()
+    length = int.from_bytes(file.read(0, 8), "little")
+    if size < 8 or length > min(size - 8, _MAX_HEADER_BYTES):
+        raise StorageError(
+            f"{file}: its header claims {length} bytes, and the file has {size}. It is truncated, or no safetensors "
+            "file (a Git LFS pointer?). Download it again."
+        )
+    tensors = {
+        name: _tensor_info(name, entry, file, 8 + length)
+        for name, entry in _decode_header(file.read(8, 8 + length), file).items()
+    }
     _check_tiling(tensors.values(), file, 8 + length, size)
     return tensors
 
 
-def _parse_json(data: bytes, file: Path, what: str) -> dict[str, Any]:
-    def refuse_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-        fields = dict(pairs)
-        if len(fields) < len(pairs):
-            names = [name for name, _ in pairs]
-            twice = next(name for name in names if names.count(name) > 1)
-            raise ValueError(f"{twice!r} occurs twice")
-        return fields
+def _decode_header(data: bytes, file: ModelFile) -> dict[str, _HeaderEntry]:
+    with _well_formed(file, "header"):
+        fields = msgspec.json.decode(data, type=dict[str, msgspec.Raw])
+        msgspec.json.decode(fields.pop("__metadata__", b"{}"), type=dict[str, str])
+        entries = {name: msgspec.json.decode(field, type=_HeaderEntry) for name, field in fields.items()}
+        _refuse_duplicates(data)
+    return entries
 
+
+@contextmanager
+def _well_formed(file: ModelFile, what: str) -> Iterator[None]:
+    """JSON of a given form: it is checked while it is decoded, so a bomb of nested or endless lists takes no memory."""
     try:
-        fields = json.loads(data.decode("utf-8"), object_pairs_hook=refuse_duplicates)
-    except (ValueError, RecursionError) as error:
-        raise StorageError(f"{file}: its {what} is not valid JSON: {error}. Download the file again.") from error
-    if not isinstance(fields, dict):
-        raise StorageError(f"{file}: its {what} is a JSON {type(fields).__name__}, not an object. Download it again.")
-    return fields
-
-
-def _convert(fields: dict[str, Any], kind: Any, file: Path, what: str) -> Any:
-    try:
-        return msgspec.convert(fields, kind)
+        yield
     except msgspec.ValidationError as error:
         raise StorageError(f"{file}: its {what} is malformed: {error}. Download the file again.") from error
+    except (ValueError, RecursionError) as error:
+        raise StorageError(f"{file}: its {what} is not valid JSON: {error}. Download the file again.") from error
 
 
-def _tensor_info(name: str, entry: _HeaderEntry, file: Path, data_begin: int) -> TensorInfo:
+def _refuse_duplicates(data: bytes) -> None:
+    """Readers differ in which of two values of one name they take."""
+
+    def check(pairs: list[tuple[str, Any]]) -> None:
+        names = [name for name, _ in pairs]
+        if len(set(names)) < len(names):
+            raise ValueError(f"{next(name for name in names if names.count(name) > 1)!r} occurs twice")
+
+    json.loads(data, object_pairs_hook=check)
+
+
+def _tensor_info(name: str, entry: _HeaderEntry, file: ModelFile, data_begin: int) -> TensorInfo:
     if entry.dtype not in DTYPES:
         raise StorageError(
             f"{file}: tensor {name} has dtype {entry.dtype}; known are {', '.join(DTYPES)}. Convert the weights."
         )
     dtype = DTYPES[entry.dtype]
     begin, end = entry.data_offsets
+    if math.prod(size or 1 for size in entry.shape) > _MAX_VALUES:  # of no bytes, where another dim is 0
+        raise StorageError(f"{file}: tensor {name} has shape {entry.shape}. The file is damaged: download it again.")
     expected = math.prod(entry.shape) * dtype.itemsize
     if end - begin != expected:
         raise StorageError(
@@ -174,7 +177,7 @@ def _tensor_info(name: str, entry: _HeaderEntry, file: Path, data_begin: int) ->
     return TensorInfo(name, dtype, tuple(entry.shape), file, data_begin + begin, data_begin + end)
 
 
-def _check_tiling(tensors: Iterable[TensorInfo], file: Path, begin: int, end: int) -> None:
+def _check_tiling(tensors: Iterable[TensorInfo], file: ModelFile, begin: int, end: int) -> None:
     """The tensors' bytes must cover [begin, end) with no gap and no overlap."""
     at, previous = begin, "the header"
     for tensor in sorted(tensors, key=lambda t: (t.begin, t.end)):
@@ -189,31 +192,53 @@ def _check_tiling(tensors: Iterable[TensorInfo], file: Path, begin: int, end: in
         )
 
 
-def _read_sharded(folder: Path) -> dict[str, TensorInfo]:
-    path = folder / INDEX_FILE
-    if path.stat().st_size > _MAX_HEADER_BYTES:
-        raise StorageError(f"{path}: has {path.stat().st_size} bytes, more than {_MAX_HEADER_BYTES}. It is no index.")
-    weight_map: dict[str, str] = _convert(_parse_json(path.read_bytes(), path, "text"), _Index, path, "text").weight_map
-    tensors: dict[str, TensorInfo] = {}
-    for shard in sorted(set(weight_map.values())):
+def _read_sharded(folder: Folder) -> dict[str, TensorInfo]:
+    file = file_in(folder, INDEX_FILE)
+    if file.size() > _MAX_HEADER_BYTES:
+        raise StorageError(f"{file}: has {file.size()} bytes, more than {_MAX_HEADER_BYTES}. It is no index.")
+    data = file.read()
+    with _well_formed(file, "text"):
+        weight_map = msgspec.json.decode(data, type=_Index).weight_map
+        _refuse_duplicates(data)
+    for shard in weight_map.values():
         if not re.fullmatch(r"[\w.-]+\.safetensors", shard):  # no separators: a shard may not leave the folder
-            raise StorageError(f"{path}: names the shard {shard!r}; expected a .safetensors file in the same folder.")
-        for name, info in read_header(folder / shard).items():
-            if name in tensors:
-                raise StorageError(f"{info} is also in {tensors[name].file.name}. Remove the stale shard.")
-            if weight_map.get(name) != shard:
-                raise StorageError(
-                    f"{info} is not in this shard by {INDEX_FILE} ({weight_map.get(name, 'it is not named there')}). "
-                    "Shards and index are from different exports: download the folder again."
-                )
-            tensors[name] = info
+            raise StorageError(f"{file}: names the shard {shard!r}; expected a .safetensors file in the same folder.")
+    tensors = _read_shards(folder, sorted(set(weight_map.values())))
+    for name, info in tensors.items():
+        if weight_map.get(name) != info.file.name:
+            raise StorageError(
+                f"{info} is not in this shard by {INDEX_FILE} ({weight_map.get(name, 'it is not named there')}). "
+                "Shards and index are from different exports: download the folder again."
+            )
     missing = sorted(weight_map.keys() - tensors.keys())
     if missing:
         raise StorageError(
-            f"{path}: names {len(missing)} tensors that its shards do not hold, such as {missing[0]} in "
+            f"{file}: names {len(missing)} tensors that its shards do not hold, such as {missing[0]} in "
             f"{weight_map[missing[0]]}. Download the folder again."
         )
     return tensors
+
+
+def _read_shards(folder: Folder, shards: Iterable[str]) -> dict[str, TensorInfo]:
+    tensors: dict[str, TensorInfo] = {}
+    for shard in shards:
+        for name, info in read_header(file_in(folder, shard)).items():
+            if name in tensors:
+                raise StorageError(f"{info} is also in {tensors[name].file.name}. Remove the stale shard.")
+            tensors[name] = info
+    return tensors
+
+
+def _check_numbering(folder: Folder, shards: Sequence[str]) -> None:
+    """Shards with no index: where they are numbered, none may be missing, or be left from another export."""
+    numbered = [re.fullmatch(r"(.+)-(\d{5})-of-(\d{5})\.safetensors", name) for name in shards]
+    series = {(of[1], of[3]) for of in numbered if of}
+    wanted = {f"{of}-{number:05}-of-{last}.safetensors" for of, last in series for number in range(1, int(last) + 1)}
+    missing = sorted(wanted - set(shards))
+    if missing:
+        raise StorageError(
+            f"{folder}: has no {missing[0]} ({len(missing)} shards are missing), and no {INDEX_FILE}. Download it anew."
+        )
 
 
 def map_tensor(info: TensorInfo) -> np.ndarray:
@@ -226,73 +251,46 @@ def map_tensor(info: TensorInfo) -> np.ndarray:
     if info.begin == info.end:
         return np.empty(info.shape, info.dtype)
     try:
-        return np.memmap(info.file, info.dtype, "r", info.begin, info.shape)
+        return np.memmap(info.file.path, info.dtype, "r", info.begin, info.shape)
     except (OSError, ValueError) as error:
         raise StorageError(f"{info} cannot be read: {error}. Did the file change? Start again.") from error
 
 
-def plan_shards(specs: Iterable[TensorSpec], max_shard_bytes: int) -> list[tuple[TensorSpec, ...]]:
-    """Cut a sequence of tensors into shards, in order, each of at most `max_shard_bytes` or of one tensor."""
-    shards: list[list[TensorSpec]] = [[]]
-    shard_bytes = 0
-    for spec in specs:
-        if shard_bytes and shard_bytes + spec.num_bytes > max_shard_bytes:
-            shards.append([])
-            shard_bytes = 0
-        shards[-1].append(spec)
-        shard_bytes += spec.num_bytes
-    return [tuple(shard) for shard in shards]
+def _fetch_box(tensor: TensorInfo, box: Index) -> np.ndarray:
+    """A box of a remote tensor, by requests for its bytes: runs that lie near each other are read as one."""
+    out = np.empty([at.stop - at.start for at in box], tensor.dtype)
+    data = out.reshape(-1).view(np.uint8)
+    requests = _plan_requests(tensor, box)
+    while batch := list(itertools.islice(requests, _REQUESTS_AT_ONCE)):
+        parts = tensor.file.read_ranges([(runs[0][0], runs[-1][1]) for runs in batch])
+        for runs, part in zip(batch, parts, strict=True):
+            first, values = runs[0][0], np.frombuffer(part, np.uint8)
+            for begin, end, at in runs:
+                data[at : at + end - begin] = values[begin - first : end - first]
+    return out
 
 
-def write_tensors(
-    folder: Path,
-    specs: Iterable[TensorSpec],
-    tensors: Iterable[tuple[str, np.ndarray]],
-    max_shard_bytes: int = MAX_SHARD_BYTES,
-) -> None:
-    """Write a folder that `read_index` reads: one file, or shards with an index.
-
-    Each file appears under its name when its bytes are complete and on disk; the index comes last.
-
-    Args:
-      specs: every tensor, in the order of writing.
-      tensors: their names and values in that order, taken one at a time and dropped once written.
-    """
-    shards = plan_shards(specs, max_shard_bytes)
-    names = [f"model-{i:05}-of-{len(shards):05}.safetensors" for i in range(1, len(shards) + 1)]
-    files = dict(zip(names if len(shards) > 1 else [SINGLE_FILE], shards, strict=True))
-    tensors = iter(tensors)
-    for file, shard in files.items():
-        partial = folder / f"{file}.partial"
-        with partial.open("wb") as stream:
-            stream.write(_encode_header(shard))
-            for spec in shard:
-                name, values = next(tensors)
-                assert (name, values.dtype, values.shape) == (spec.name, spec.dtype, spec.shape), (
-                    f"{name} is not {spec}"
-                )
-                stream.write(np.ascontiguousarray(values).reshape(-1).view(np.uint8).data)
-            stream.flush()
-            os.fsync(stream.fileno())
-        partial.replace(folder / file)
-    assert next(tensors, None) is None, "more tensors than specs"
-    if len(files) > 1:
-        total = sum(spec.num_bytes for shard in shards for spec in shard)
-        weight_map = {spec.name: file for file, shard in files.items() for spec in shard}
-        write_json(folder / INDEX_FILE, {"metadata": {"total_size": total}, "weight_map": weight_map})
+def _plan_requests(tensor: TensorInfo, box: Index) -> Iterator[list[tuple[int, int, int]]]:
+    """Requests, each as its runs: (begin, end) in the file and where it goes among the box's bytes."""
+    request: list[tuple[int, int, int]] = []
+    for run in _contiguous_runs(tensor, box):
+        if request and (run[0] - request[-1][1] > _MAX_GAP_BYTES or run[1] - request[0][0] > _REQUEST_BYTES):
+            yield request
+            request = []
+        request.append(run)
+    if request:
+        yield request
 
 
-def _encode_header(specs: Iterable[TensorSpec]) -> bytes:
-    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}  # transformers refuses a file without a format
-    at = 0
-    for spec in specs:
-        end = at + spec.num_bytes
-        header[spec.name] = {"dtype": _DTYPE_NAMES[spec.dtype], "shape": spec.shape, "data_offsets": (at, end)}
-        at = end
-    data = json.dumps(header, separators=(",", ":")).encode()
-    data += b" " * (-len(data) % 8)  # the tensors begin at a multiple of 8
-    return len(data).to_bytes(8, "little") + data
-
-
-def write_json(path: Path, fields: dict[str, Any]) -> None:
-    path.write_text(json.dumps(fields, indent=2) + "\n", encoding="utf-8")
+def _contiguous_runs(tensor: TensorInfo, box: Index) -> Iterator[tuple[int, int, int]]:
+    """The box's bytes in order, in runs that also lie together in the file, none longer than a request."""
+    cut = max((dim for dim, at in enumerate(box) if at.stop - at.start < tensor.shape[dim]), default=0)
+    outer, inner = box[:cut], box[cut:]
+    strides = [tensor.dtype.itemsize * math.prod(tensor.shape[dim + 1 :]) for dim in range(len(box))]
+    num_bytes = tensor.dtype.itemsize * math.prod(at.stop - at.start for at in inner)
+    start = tensor.begin + (inner[0].start * strides[cut] if inner else 0)
+    for number, place in enumerate(itertools.product(*(range(at.start, at.stop) for at in outer))):
+        begin = start + sum(at * stride for at, stride in zip(place, strides, strict=False))
+        for part in range(0, num_bytes, _REQUEST_BYTES):
+            end = min(part + _REQUEST_BYTES, num_bytes)
+            yield begin + part, begin + end, number * num_bytes + part

@@ -6,12 +6,13 @@ import sys
 
 from etils import epath
 
-from sft_jax.checkpoint.hf import export_pretrained
+from sft_jax.checkpoint.hf_export import EXPORT_DTYPES, export_pretrained
 from sft_jax.checkpoint.manager import CheckpointManager
+from sft_jax.checkpoint.model_card import make_model_card
 from sft_jax.command_line import run_command
 from sft_jax.config import from_config_dict
 from sft_jax.datatypes import StorageError
-from sft_jax.experiment import open_renderer, place_model
+from sft_jax.experiment import open_renderer, open_sources_of_step
 
 
 def main(args: list[str]) -> int:
@@ -24,6 +25,7 @@ def main(args: list[str]) -> int:
     parser.add_argument("--run", required=True, metavar="DIR", help="the run directory")
     parser.add_argument("--to", required=True, metavar="DIR", help="the new folder")
     parser.add_argument("--step", type=int, metavar="N", help="default: the newest")
+    parser.add_argument("--dtype", choices=EXPORT_DTYPES, help="default: config.model.param_dtype of the run")
     options = parser.parse_args(args)
 
     run_dir = epath.Path(options.run)
@@ -36,11 +38,16 @@ def main(args: list[str]) -> int:
         raise StorageError(f"--run={run_dir}: has no finished checkpoint yet.")
 
     renderer = open_renderer(config)
-    placed = place_model(config, renderer)
-    params = manager.restore_params(step, placed.abstract_state.params) | placed.open_frozen()
-    dtype = config.model.param_dtype
+    model, sources = open_sources_of_step(config, renderer, manager, step)
     export_pretrained(
-        options.to, params, placed.model, renderer.tokenizer, renderer.template.text, renderer.stop_ids, dtype
+        options.to,
+        sources,
+        model,
+        renderer.tokenizer,
+        renderer.template.text,
+        renderer.stop_ids,
+        options.dtype or config.model.param_dtype,
+        model_card=make_model_card(run_dir, step),
     )
     print(f"step {step} exported to {options.to}")
     return 0

@@ -13,6 +13,7 @@ COMMANDS = {
     "check": "config and data checked, every row accounted for; no training",
     "generate": "answer prompts with a folder's model and chat template",
     "score": "loss of a folder's model on given rows",
+    "convert": "a Hugging Face folder as an Orbax checkpoint that many hosts read in parallel",
     "export": "a checkpoint of a run as a Hugging Face folder",
     "demo": "the main job on the embedded testbed, before and after",
 }

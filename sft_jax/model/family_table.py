@@ -24,7 +24,7 @@ class Option(NamedTuple):
     write: Callable[[Any], Any] = lambda value: value
 
 
-def _write_scalar(scale: float) -> float:
+def _write_scalar(scale: float) -> int | float:
     """0.0625 -> 256: an integer where it was one."""
     scalar = scale**-2
     return round(scalar) if abs(scalar - round(scalar)) < 1e-9 * scalar else scalar

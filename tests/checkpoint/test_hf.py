@@ -18,7 +18,8 @@ import pytest
 import safetensors.numpy
 from llama_folder import TINY, TINY_TIED, llama_tensors, write_folder, write_sparse_folder, write_tokenizer
 
-from sft_jax.checkpoint.hf import check_export_target, export_pretrained, load_pretrained, read_config
+from sft_jax.checkpoint.hf import load_pretrained, read_config
+from sft_jax.checkpoint.hf_export import check_export_target, export_pretrained
 from sft_jax.config_schema import MeshConfig
 from sft_jax.data.tokenizer import Tokenizer, load_tokenizer
 from sft_jax.datatypes import ConfigError, StorageError
@@ -149,13 +150,13 @@ def test_a_weight_that_overflows_in_the_wanted_dtype_is_refused(tmp_path: Path) 
 def test_everything_is_checked_before_any_weight_is_read(tmp_path: Path, monkeypatch) -> None:
     tensors = llama_tensors(TINY) | {"lm_head.weight": np.zeros((41, 16), np.float32)}
     model = write_folder(tmp_path / "model", TINY, tensors)
-    monkeypatch.setattr("sft_jax.checkpoint.hf.map_tensor", lambda info: pytest.fail(f"{info} was read"))
+    monkeypatch.setattr("sft_jax.checkpoint.safetensors_io.map_tensor", lambda info: pytest.fail(f"{info} was read"))
     with pytest.raises(StorageError, match=re.escape("is [41, 16], and config.json asks for [40, 16]")):
         load_pretrained(model, TINY, None, "float32")
 
 
 def test_a_folder_without_a_usable_config_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(StorageError, match=re.escape(f"{tmp_path}/config.json: No such file")):
+    with pytest.raises(StorageError, match=re.escape(f"{tmp_path}/config.json: cannot be read: No such file")):
         read_config(tmp_path)
     (tmp_path / "config.json").write_text('{"model_type": "llama",')
     with pytest.raises(ConfigError, match="is not a JSON object"):

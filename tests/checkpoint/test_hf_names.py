@@ -1,13 +1,13 @@
 """The table is a bijection: every tensor has one parameter, both directions undo each other."""
 
 import math
-from pathlib import Path
 
 import numpy as np
 import pytest
 from llama_folder import TINY, TINY_TIED, llama_tensors
 
 from sft_jax.checkpoint.hf_names import hf_tensors, match_tensors, tensor_rules
+from sft_jax.checkpoint.model_files import ModelFile
 from sft_jax.checkpoint.safetensors_io import TensorInfo
 from sft_jax.datatypes import StorageError
 from sft_jax.model.families import with_num_layers
@@ -15,7 +15,7 @@ from sft_jax.model.transformer import abstract_params
 
 
 def index_of(tensors: dict[str, np.ndarray]) -> dict[str, TensorInfo]:
-    return {n: TensorInfo(n, v.dtype, v.shape, Path("x.safetensors"), 0, v.nbytes) for n, v in tensors.items()}
+    return {n: TensorInfo(n, v.dtype, v.shape, ModelFile("x.safetensors"), 0, v.nbytes) for n, v in tensors.items()}
 
 
 @pytest.mark.parametrize("config", [TINY, TINY_TIED], ids=["untied", "tied"])

@@ -1,11 +1,18 @@
-"""MXFP4 beside a decoder that goes bit by bit, from the specification."""
+"""MXFP4 beside a decoder that goes bit by bit, from the specification; and gpt-oss folders that hold it."""
 
+import jax
+import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
 import pytest
+from mxfp4_folder import write_mxfp4_folder
 
 from sft_jax.checkpoint import mxfp4
+from sft_jax.checkpoint.hf import load_pretrained, read_config
+from sft_jax.config_schema import MeshConfig
 from sft_jax.datatypes import StorageError
+from sft_jax.model.transformer import abstract_params, forward, logical_dims, output_head
+from sft_jax.sharding import build_mesh, shardings_for
 
 FLOAT32, BFLOAT16 = np.dtype(np.float32), np.dtype(ml_dtypes.bfloat16)
 
@@ -63,3 +70,80 @@ def test_scales_that_are_no_numbers_are_refused(scale):
 def test_other_formats_are_refused(blocks, scales):
     with pytest.raises(StorageError, match="MXFP4 has uint8 of both"):
         mxfp4.decode(blocks, scales, FLOAT32, "w")
+
+
+@pytest.mark.parametrize("axes", [None, {"fsdp": 2, "tensor": 2, "expert": 2}])
+def test_a_folder_is_decoded_as_it_is_read(tmp_path, axes):
+    tensors = write_mxfp4_folder(tmp_path, seed=0)
+    config, _ = read_config(tmp_path)
+    shardings = None
+    if axes:
+        shapes = {path: leaf.shape for path, leaf in abstract_params(config, "bfloat16").items()}
+        mesh = build_mesh(MeshConfig(**axes))
+        shardings = shardings_for(mesh, {path: logical_dims(path) for path in shapes}, shapes)
+    params = load_pretrained(tmp_path, config, shardings, "bfloat16")
+    assert {path: leaf.shape for path, leaf in params.items()} == {
+        path: leaf.shape for path, leaf in abstract_params(config, "bfloat16").items()
+    }
+    for layer in range(2):
+        stem = f"model.layers.{layer}.mlp.experts."
+        gate_up, down = (
+            slow_decode(tensors[f"{stem}{name}_blocks"], tensors[f"{stem}{name}_scales"]).swapaxes(-1, -2)
+            for name in ("gate_up_proj", "down_proj")
+        )
+        ours = {
+            name: np.asarray(params[f"layers.0.{layer}.mlp.experts.{name}.kernel"][0], np.float64)
+            for name in ("gate", "up", "down")
+        }
+        np.testing.assert_array_equal(ours["gate"], gate_up[..., 0::2])
+        np.testing.assert_array_equal(ours["up"], gate_up[..., 1::2])
+        np.testing.assert_array_equal(ours["down"], down)
+    sinks = tensors["model.layers.1.self_attn.sinks"]
+    np.testing.assert_array_equal(np.asarray(params["layers.0.1.attention.sinks"][0]), sinks)
+    assert isinstance(params["embed.embedding"], jax.Array)
+    assert params["embed.embedding"].dtype == jnp.bfloat16
+
+
+def test_wrong_scales_in_a_folder_are_named(tmp_path):
+    write_mxfp4_folder(tmp_path, seed=0, change=lambda tensors: {
+        name: np.full_like(values, 255) if name.endswith("1.mlp.experts.down_proj_scales") else values
+        for name, values in tensors.items()
+    })  # fmt: skip
+    config, _ = read_config(tmp_path)
+    with pytest.raises(
+        StorageError, match=r"tensor model.layers.1.mlp.experts.down_proj_blocks: the scale of block 0 is"
+    ):
+        load_pretrained(tmp_path, config, None, "bfloat16")
+
+
+def test_blocks_without_their_scales_are_refused(tmp_path):
+    write_mxfp4_folder(tmp_path, seed=0, change=lambda tensors: {
+        name: values for name, values in tensors.items() if not name.endswith("gate_up_proj_scales")
+    })  # fmt: skip
+    config, _ = read_config(tmp_path)
+    with pytest.raises(StorageError, match=r"has no tensor model.layers.0.mlp.experts.gate_up_proj "):
+        load_pretrained(tmp_path, config, None, "bfloat16")
+
+
+@pytest.mark.parity
+def test_transformers_has_the_same_logits(tmp_path):
+    torch = pytest.importorskip("torch", reason="torch is not installed here; make test-parity installs it")
+    transformers = pytest.importorskip("transformers")
+    write_mxfp4_folder(tmp_path, seed=3)
+    theirs = transformers.AutoModelForCausalLM.from_pretrained(
+        tmp_path,
+        attn_implementation="eager",
+        experts_implementation="eager",
+        quantization_config=transformers.Mxfp4Config(dequantize=True),
+    )
+    ids = np.random.default_rng(0).integers(48, size=(2, 40)).astype(np.int32)
+    with torch.no_grad():
+        expected = theirs.float()(input_ids=torch.tensor(ids, dtype=torch.long)).logits.numpy()
+    config, _ = read_config(tmp_path)
+    params = load_pretrained(tmp_path, config, None, "float32")
+    positions = jnp.broadcast_to(jnp.arange(40, dtype=jnp.int32), ids.shape)
+    options = {"compute_dtype": "float32", "remat": "none", "attention": "reference"}
+    hidden = forward(params, config, jnp.asarray(ids), positions, jnp.ones_like(ids), **options)
+    logits = np.asarray(jnp.einsum("bld,vd->blv", hidden, output_head(params)))
+    assert 0.3 < expected.std() < 3
+    assert np.abs(logits - expected).max() <= 2e-4

@@ -10,16 +10,15 @@ import pytest
 import safetensors
 import safetensors.numpy
 
+from sft_jax.checkpoint.model_files import ModelFile
 from sft_jax.checkpoint.safetensors_io import (
     INDEX_FILE,
     SINGLE_FILE,
-    TensorSpec,
     map_tensor,
-    plan_shards,
     read_header,
     read_index,
-    write_tensors,
 )
+from sft_jax.checkpoint.safetensors_writer import TensorSpec, plan_shards, write_tensors
 from sft_jax.datatypes import StorageError
 
 
@@ -96,18 +95,27 @@ HOSTILE_FILES = {
     "header longer than the file": (dict(header=b"{}", length=3), "claims 3 bytes, and the file has 10"),
     "not JSON": (dict(header=b"{'a': 1}"), "header is not valid JSON"),
     "not UTF-8": (dict(header='{"\u00e9": 1}'.encode("utf-16")), "header is not valid JSON"),
-    "nested without end": (dict(header=b"[" * 100_000), "header is not valid JSON"),
-    "an array": (dict(header=b"[]"), "a JSON list, not an object"),
+    "nested without end": (dict(header=b"[" * 100_000), "header is malformed: Expected `object`"),
+    "nested in a name": (dict(header=b'{"a":' * 100_000), "header is not valid JSON"),
+    "nested in a shape": (dict(header=b'{"a":{"dtype":"U8","shape":' + b"[" * 100_000), "header is not valid JSON"),
+    "an array": (dict(header=b"[]"), "header is malformed: Expected `object`"),
     "a name twice": (
         dict(header=b'{"a":%s,"a":%s}' % ((json.dumps(entry(0, 1)).encode(),) * 2), data=b"x"),
         "'a' occurs twice",
     ),
     "no dtype": (dict(header={"a": {"shape": [1], "data_offsets": [0, 1]}}, data=b"x"), "missing required field"),
+    "a field twice": (
+        dict(header=b'{"a":{"dtype":"U8","shape":[1],"shape":[1],"data_offsets":[0,1]}}', data=b"x"),
+        "'shape' occurs twice",
+    ),
+    "endless dims": (dict(header={"a": entry(0, 1, shape=(1,) * 9)}, data=b"x"), "length <= 8"),
+    "metadata that is no text": (dict(header={"__metadata__": {"a": 1}}), "header is malformed"),
     "unknown field": (dict(header={"a": entry(0, 1) | {"stride": 1}}, data=b"x"), "unknown field `stride`"),
     "unknown dtype": (dict(header={"a": entry(0, 1, dtype="F4")}, data=b"x"), "tensor a has dtype F4"),
     "negative dim": (dict(header={"a": entry(0, 1, shape=(-1, -1))}, data=b"x"), "header is malformed"),
     "float dim": (dict(header={"a": entry(0, 1, shape=(1.5,))}, data=b"x"), "header is malformed"),
-    "huge dims": (dict(header={"a": entry(0, 1, shape=(2**40, 2**40))}, data=b"x"), "span 1"),
+    "huge dims": (dict(header={"a": entry(0, 1, shape=(2**20, 2**20))}, data=b"x"), "span 1"),
+    "huge dims of no bytes": (dict(header={"a": entry(0, 0, shape=(0, 2**64))}), "has shape [0, 18446744073709551616]"),
     "offsets backwards": (dict(header={"a": entry(0, 1) | {"data_offsets": [1, 0]}}, data=b"x"), "span -1"),
     "shape and offsets disagree": (dict(header={"a": entry(0, 4, shape=(2,), dtype="F32")}, data=b"xxxx"), "8 bytes"),
     "overlap": (dict(header={"a": entry(0, 3), "b": entry(2, 4)}, data=b"xxxx"), "tensor b overlaps tensor a"),
@@ -140,7 +148,7 @@ def test_every_truncation_is_refused(tmp_path: Path) -> None:
 
 def test_a_file_that_shrinks_after_its_header_was_read_is_refused(tmp_path: Path) -> None:
     file = make_file(tmp_path / SINGLE_FILE, {"a": entry(0, 4)}, b"1234")
-    info = read_header(file)["a"]
+    info = read_header(ModelFile(str(file)))["a"]
     file.write_bytes(file.read_bytes()[:-1])
     with pytest.raises(StorageError, match="Did the file change"):
         map_tensor(info)

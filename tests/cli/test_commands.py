@@ -1,9 +1,12 @@
 """show, score, generate and export as a user calls them, on the testbed's base model."""
 
 import json
+import shutil
+from pathlib import Path
 
 import numpy as np
 import pytest
+import safetensors.numpy
 
 from sft_jax.cli.main import dispatch
 from sft_jax.command_line import run_command
@@ -147,3 +150,46 @@ def test_generate_wants_one_kind_of_prompt(capsys):
     ):
         assert run_command(dispatch, args) == 2
         assert said in capsys.readouterr().err
+
+
+def test_export_from_the_checkpoint_is_what_the_run_exported(capsys):
+    call(capsys, "export", "--run=run", "--to=again")
+    assert {path.name: path.read_bytes() for path in Path("again").iterdir()} == {
+        path.name: path.read_bytes() for path in Path("run/export").iterdir()
+    }
+    assert "step 2 of 2" in Path("again/README.md").read_text()
+
+
+def test_export_casts(capsys):
+    call(capsys, "export", "--run=run", "--to=narrow", "--dtype=bfloat16")
+    wide, narrow = (safetensors.numpy.load_file(f"{folder}/model.safetensors") for folder in ("run/export", "narrow"))
+    assert wide.keys() == narrow.keys()
+    for name, values in wide.items():
+        assert narrow[name].tobytes() == values.astype(narrow[name].dtype).tobytes()
+        assert narrow[name].dtype.name == "bfloat16"
+
+
+def test_export_takes_what_was_frozen_from_the_base(capsys):
+    shutil.copytree("run", "frozen")
+    config = json.loads(Path("frozen/config.json").read_text())
+    config["model"]["freeze"] = ["embed"]
+    Path("frozen/config.json").write_text(json.dumps(config))
+    call(capsys, "export", "--run=frozen", "--to=half")
+    base, trained, half = (
+        safetensors.numpy.load_file(f"{folder}/model.safetensors") for folder in (BASE_MODEL, "run/export", "half")
+    )
+    embedding = half.pop("model.embed_tokens.weight")
+    old = base["model.embed_tokens.weight"]
+    np.testing.assert_array_equal(embedding[: len(old)], old.astype(np.float32))
+    np.testing.assert_allclose(embedding[len(old)], old.astype(np.float64).mean(axis=0), rtol=1e-5, atol=1e-6)
+    assert all(values.tobytes() == trained[name].tobytes() for name, values in half.items())
+
+
+def test_a_run_starts_from_a_converted_folder(capsys):
+    call(capsys, "convert", f"--from={BASE_MODEL}", "--to=converted")
+    start = ["train", "--config=config.py", "--config.run.dir=from-orbax", "--config.model.path=converted"]
+    call(capsys, *start)
+    trained, expected = (
+        safetensors.numpy.load_file(f"{run}/export/model.safetensors") for run in ("from-orbax", "run")
+    )
+    assert {n: v.tobytes() for n, v in trained.items()} == {n: v.tobytes() for n, v in expected.items()}

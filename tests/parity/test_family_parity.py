@@ -15,7 +15,6 @@ import numpy as np
 import pytest
 
 from sft_jax.checkpoint.hf import load_pretrained, read_config
-from sft_jax.checkpoint.hf_names import hf_tensors, join_parts
 from sft_jax.config_schema import LossConfig, MeshConfig
 from sft_jax.model.hf_config import read_hf_config, to_hf_config
 from sft_jax.model.transformer import forward, output_head
@@ -23,7 +22,7 @@ from sft_jax.training.loss import sum_cross_entropy
 
 torch = pytest.importorskip("torch", reason="torch is not installed here; make test-parity installs it")
 
-from packed_step import relative_difference, step_loss_and_grads  # noqa: E402
+from packed_step import named_tensors, relative_difference, step_loss_and_grads  # noqa: E402
 from random_configs import DRAWN_FAMILIES, draw_config  # noqa: E402
 from torch_reference import (  # noqa: E402
     as_stored,
@@ -90,10 +89,7 @@ def assert_the_trip_changes_nothing(fields: dict[str, Any], model: Any, config: 
     expected = as_stored(model, model.state_dict())
     if "head.kernel" not in params:
         del expected["lm_head.weight"]
-    ours = {}
-    for name, rules, place in hf_tensors(config):
-        leaves = [np.asarray(params[rule.path]) for rule in rules]
-        ours[name] = join_parts(rules, [r.to_hf(leaf[place]) for r, leaf in zip(rules, leaves, strict=True)])
+    ours = named_tensors({path: np.asarray(values) for path, values in params.items()}, config)
     assert ours.keys() == expected.keys()
     assert all(np.array_equal(ours[name], values) for name, values in expected.items())
 

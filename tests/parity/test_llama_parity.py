@@ -12,7 +12,8 @@ import numpy as np
 import pytest
 import tokenizers
 
-from sft_jax.checkpoint.hf import export_pretrained, load_pretrained, read_config
+from sft_jax.checkpoint.hf import load_pretrained, read_config
+from sft_jax.checkpoint.hf_export import export_pretrained
 from sft_jax.config_schema import MeshConfig
 from sft_jax.data.tokenizer import Tokenizer, load_tokenizer
 from sft_jax.model.transformer import forward, output_head

@@ -1,0 +1,210 @@
+"""Params, or the sources of them on disk -> a folder that transformers and vLLM load. hf.py is the way back.
+
+One tensor of the folder is on the host at a time.
+"""
+
+import os
+import shutil
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import msgspec
+import numpy as np
+from jax.experimental import multihost_utils
+
+from sft_jax.checkpoint.hf_names import hf_tensors, tensor_rules
+from sft_jax.checkpoint.param_source import ParamSource, boxes, check_finite
+from sft_jax.checkpoint.safetensors_writer import MAX_SHARD_BYTES, TensorSpec, write_json, write_tensors
+from sft_jax.checkpoint.stored_tensor import copy_in_blocks
+from sft_jax.data.tokenizer import Tokenizer
+from sft_jax.datatypes import ConfigError, StorageError
+from sft_jax.model.families import TransformerConfig
+from sft_jax.model.hf_config import to_hf_config
+from sft_jax.typing import Array
+
+EXPORT_DTYPES = ("float32", "bfloat16", "float16", "float64")
+_EXPORT_RECORD = "sft_jax_export.json"
+_BLOCK_BYTES = 2**25
+_WORKERS = 3
+
+
+def export_pretrained(
+    folder: str | os.PathLike[str],
+    params: Mapping[str, Array | ParamSource],
+    config: TransformerConfig,
+    tokenizer: Tokenizer,
+    chat_template: str,
+    stop_ids: Sequence[int],
+    dtype: str = "float32",
+    max_shard_bytes: int = MAX_SHARD_BYTES,
+    model_card: str = "",
+) -> None:
+    """Write a folder that serves what was trained: weights, config, tokenizer, the trained template and its stop.
+
+    All processes call it; process 0 writes, and where it cannot, all raise. The folder is made beside its target and
+    renamed when complete, so the target is the old export or the new one, never a part.
+
+    Args:
+      params: on devices or on disk.
+      config: with the vocabulary that `params` have.
+      stop_ids: of the tokens that end an assistant turn; generation stops at them, and at the tokenizer's own EOS.
+      dtype: of the stored weights: float32, bfloat16, float16 or float64.
+      model_card: text of README.md; empty: none is written. Of process 0.
+
+    Raises:
+      StorageError: where the target holds files that no export wrote, or the disk refuses.
+    """
+    if dtype not in EXPORT_DTYPES:
+        raise ConfigError(f"export: dtype is {dtype!r}; expected one of {', '.join(EXPORT_DTYPES)}.")
+    for rule in tensor_rules(config):
+        assert params[rule.path].shape == rule.shape(config), f"{rule.path} is {params[rule.path].shape}"
+    specs = [TensorSpec(name, jnp.dtype(dtype), parts[0].hf_shape(config)) for name, parts, _ in hf_tensors(config)]
+    tensors = _one_ahead(_make_tensors(params, config, dtype))
+
+    def fill(partial: Path) -> None:
+        write_tensors(partial, specs, tensors, max_shard_bytes)
+        _write_configs(partial, config, tokenizer, stop_ids, dtype)
+        tokenizer.save(partial, chat_template)
+        if model_card:
+            (partial / "README.md").write_text(model_card, encoding="utf-8")
+
+    failure: StorageError | None = None
+    try:
+        if jax.process_index() == 0:
+            _replace_folder(Path(folder), fill)
+    except StorageError as error:
+        failure = error
+    try:
+        for _ in tensors:  # gathering takes all processes, whatever has become of the writing
+            pass
+    except StorageError as error:
+        failure = failure or error
+    if jax.process_count() > 1:
+        has_failed = multihost_utils.process_allgather(np.array(failure is not None))
+        if has_failed.any() and failure is None:
+            raise StorageError(f"{folder}: process 0 could not write the export; its log says why.")
+    if failure is not None:
+        raise failure
+
+
+def _replace_folder(target: Path, fill: Callable[[Path], None]) -> None:
+    """Have a folder filled beside its target and, when it is whole, put in its place."""
+    check_export_target(target)
+    try:
+        partial = _empty_sibling(target, "partial")
+        fill(partial)
+        write_json(partial / _EXPORT_RECORD, {"written_by": "sft_jax", "files": _files_in(partial)})
+        old = _empty_sibling(target, "replaced")
+        if target.exists():
+            target.replace(old)
+        partial.replace(target)
+        shutil.rmtree(old, ignore_errors=True)
+    except OSError as error:
+        raise StorageError(f"{target}: export failed: {error}. Free some space, or choose another folder.") from error
+
+
+def check_export_target(folder: str | os.PathLike[str]) -> None:
+    """An export may replace an earlier export that nobody has added to, and nothing else.
+
+    Raises:
+      StorageError: naming a file that would be lost.
+    """
+    target = Path(folder)
+    if target.exists() and not target.is_dir():
+        raise StorageError(f"{target}: is a file, and the export needs a folder. Choose another name.")
+    files = _files_in(target)
+    record = target / _EXPORT_RECORD
+    own = msgspec.json.decode(record.read_bytes(), type=dict[str, Any])["files"] if record.is_file() else []
+    foreign = sorted(set(files) - {*own, _EXPORT_RECORD})
+    if foreign:
+        raise StorageError(
+            f"{target}: holds {foreign[0]}, which no export of ours wrote ({len(foreign)} such files). Choose another "
+            "folder, or remove it."
+        )
+
+
+def _files_in(folder: Path) -> list[str]:
+    return sorted(str(path.relative_to(folder)) for path in folder.rglob("*") if not path.is_dir())
+
+
+def _empty_sibling(target: Path, suffix: str) -> Path:
+    """A fresh folder beside the target, on the same file system; what an interrupted export left there is removed."""
+    sibling = target.absolute().parent / f".{target.name}.{suffix}"
+    if sibling.exists():
+        shutil.rmtree(sibling)
+    sibling.mkdir(parents=True)
+    return sibling
+
+
+def _make_tensors(
+    params: Mapping[str, Array | ParamSource], config: TransformerConfig, dtype: str
+) -> Iterator[tuple[str, np.ndarray]]:
+    """(name, values) of each tensor of the folder, one at a time on the host."""
+    for name, parts, place in hf_tensors(config):
+        values = np.empty(parts[0].hf_shape(config), jnp.dtype(dtype))
+        for rule in parts:
+            _fill(rule.from_hf(values, config), params[rule.path], place)
+        check_finite(values, f"export: {name}")
+        yield name, values
+        del values  # before the next one is made
+
+
+def _fill(out: np.ndarray, param: Array | ParamSource, place: tuple[int, ...]) -> None:
+    """Copy one layer or expert of a parameter, or all of it, into a view of the tensor that is to be, some rows at a
+    time."""
+    num_rows = max(1, _BLOCK_BYTES // max(out[:1].nbytes, 1))
+    blocks = [rows for (rows,) in boxes(out.shape[:1], (num_rows,))]
+    if isinstance(param, ParamSource):
+        with ThreadPoolExecutor(_WORKERS) as pool:
+            list(pool.map(lambda rows: _read_rows(out[rows], param, place, rows), blocks))
+    else:
+        part = _take(param, place) if place else param
+        for rows in blocks:
+            copy_in_blocks(out[rows], _pull(part, rows))
+
+
+def _read_rows(out: np.ndarray, source: ParamSource, place: tuple[int, ...], rows: slice) -> None:
+    rest = (slice(0, size) for size in out.shape[1:])
+    source.read((*(slice(at, at + 1) for at in place), rows, *rest), out[(None,) * len(place)])
+
+
+def _take(values: Array, place: tuple[int, ...]) -> Array:
+    """values[place]; one compilation serves all places."""
+    rest = values.shape[len(place) :]
+    part = jax.lax.dynamic_slice(values, (*place, *(0 for _ in rest)), (*(1 for _ in place), *rest))
+    return jnp.squeeze(part, tuple(range(len(place))))
+
+
+def _pull(values: Array, rows: slice) -> np.ndarray:
+    """Some rows of an array, gathered on the host of every process."""
+    # A new array also of all rows: numpy's copy of an array stays in host memory as long as that array lives.
+    part = jax.lax.dynamic_slice_in_dim(values, rows.start, rows.stop - rows.start)
+    if not part.is_fully_addressable:
+        return multihost_utils.process_allgather(part, tiled=True)
+    return np.asarray(part)
+
+
+def _one_ahead(tensors: Iterator[tuple[str, np.ndarray]]) -> Iterator[tuple[str, np.ndarray]]:
+    """The same; while one is written, the next is made."""
+    with ThreadPoolExecutor(1) as pool:
+        coming = pool.submit(next, tensors, None)
+        while (made := coming.result()) is not None:
+            coming = pool.submit(next, tensors, None)
+            yield made
+            del made
+
+
+def _write_configs(
+    folder: Path, config: TransformerConfig, tokenizer: Tokenizer, stop_ids: Sequence[int], dtype: str
+) -> None:
+    bos_id = tokenizer.token_id(tokenizer.bos_token) if tokenizer.bos_token else None
+    eos_id = tokenizer.token_id(tokenizer.eos_token) if tokenizer.eos_token else None
+    ends = list(dict.fromkeys([*stop_ids, *([] if eos_id is None else [eos_id])]))
+    assert ends, "nothing would end a generated turn"
+    ids = {"bos_token_id": bos_id, "eos_token_id": ends}  # null is said: transformers would assume 1 and 2
+    write_json(folder / "config.json", to_hf_config(config, dtype) | ids)
+    write_json(folder / "generation_config.json", ids)

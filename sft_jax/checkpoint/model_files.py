@@ -1,0 +1,130 @@
+"""A file of a model folder, on disk or behind a URL -> its size and any ranges of its bytes.
+
+A folder is foreign: no name and no link in it may lead elsewhere, and only regular files are opened.
+"""
+
+import errno
+import os
+import posixpath
+import stat
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+from sft_jax.data.stored_files import is_url, open_filesystem
+from sft_jax.datatypes import StorageError
+
+Folder = str | os.PathLike[str]
+
+
+@dataclass(frozen=True, slots=True)
+class ModelFile:
+    path: str
+
+    def __str__(self) -> str:
+        return self.path
+
+    @property
+    def name(self) -> str:
+        return posixpath.basename(self.path)
+
+    @property
+    def is_remote(self) -> bool:
+        return is_url(self.path)
+
+    def size(self) -> int:
+        """In bytes.
+
+        Raises:
+          StorageError: it is not there, or cannot be reached.
+        """
+        with _readable(self.path):
+            if not self.is_remote:
+                status = os.stat(self.path)
+                if not stat.S_ISREG(status.st_mode):
+                    raise OSError(errno.EINVAL, "is no regular file")
+                return status.st_size
+            filesystem, path = open_filesystem(self.path)
+            return filesystem.size(path)
+
+    def read(self, begin: int = 0, end: int | None = None) -> bytes:
+        """Bytes [begin, end), or to the end of the file.
+
+        Raises:
+          StorageError: it is not there, or cannot be reached.
+        """
+        with _readable(self.path):
+            if self.is_remote:
+                filesystem, path = open_filesystem(self.path)
+                return filesystem.cat_file(path, start=begin, end=end)
+            with open(self.path, "rb") as file:
+                file.seek(begin)
+                return file.read(-1 if end is None else end - begin)
+
+    def read_ranges(self, ranges: Sequence[tuple[int, int]]) -> list[bytes]:
+        """Several ranges of a remote file, at the same time where its store can do so.
+
+        Raises:
+          StorageError: the file cannot be reached, or ends before a range does.
+        """
+        with _readable(self.path):
+            filesystem, path = open_filesystem(self.path)
+            begins, ends = zip(*ranges, strict=True)
+            parts = filesystem.cat_ranges([path] * len(ranges), list(begins), list(ends), on_error="raise")
+        for part, (begin, end) in zip(parts, ranges, strict=True):
+            if len(part) != end - begin:
+                raise StorageError(f"{self}: bytes [{begin}, {end}) are not there. Did the file change? Start again.")
+        return parts
+
+
+def file_in(folder: Folder, name: str) -> ModelFile:
+    """The file of that name, which need not be there.
+
+    Raises:
+      StorageError: it is a link that leads out of the folder, and not into the same model's place in the Hub's cache.
+    """
+    file = ModelFile(posixpath.join(os.fspath(folder), name))
+    if not file.is_remote and os.path.islink(file.path):
+        home, target = os.path.realpath(folder), os.path.realpath(file.path)
+        blobs = os.path.join(os.path.dirname(os.path.dirname(home)), "blobs")  # of <model>/snapshots/<revision>
+        if os.path.dirname(target) not in (home, blobs):
+            raise StorageError(
+                f"{file}: is a link to {target}, outside the model's folder. Put the file itself there, or name the "
+                "folder that has it."
+            )
+    return file
+
+
+def list_folder(folder: Folder) -> list[str]:
+    """Names of the files in a folder, not of those deeper; nothing where there is no such folder.
+
+    Raises:
+      StorageError: the folder cannot be reached.
+    """
+    folder = os.fspath(folder)
+    if not is_url(folder):
+        with _readable(folder):
+            place = Path(folder)
+            return sorted(file.name for file in place.iterdir() if file.is_file()) if place.is_dir() else []
+    with _readable(folder):
+        filesystem, path = open_filesystem(folder)
+        if not filesystem.isdir(path):
+            return []
+        entries = filesystem.ls(path, detail=True)
+        return sorted(posixpath.basename(entry["name"]) for entry in entries if entry["type"] == "file")
+
+
+@contextmanager
+def _readable(path: str) -> Iterator[None]:
+    """Errors of one operation on a file, as a user can mend them."""
+    try:
+        yield
+    except OSError as error:
+        why = error.strerror or str(error) or type(error).__name__
+        raise StorageError(f"{path}: cannot be read: {why}. Check the path and its permissions.") from error
+    except Exception as error:
+        if not is_url(path):
+            raise
+        # Each store's client has its own errors, for credentials and timeouts above all.
+        raise StorageError(f"{path}: cannot be read: {error!r}. Check the URL and your access to it.") from error

@@ -1,0 +1,89 @@
+"""Two processes with four devices each: either kind of folder is read to one mesh, and one folder is written."""
+
+import os
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import safetensors.numpy
+from llama_folder import TINY, llama_tensors, write_folder
+
+from sft_jax.cli.convert import main as convert
+
+_WORKER = """
+import sys
+from pathlib import Path
+import jax
+jax.distributed.initialize(sys.argv[1], num_processes=2, process_id=int(sys.argv[2]))
+from llama_folder import TINY
+from test_hf import export, shardings
+from sft_jax.checkpoint.hf import load_pretrained
+from sft_jax.datatypes import StorageError
+
+folder = Path(sys.argv[3])
+assert jax.process_count() == 2 and jax.device_count() == 8
+placed = shardings(TINY, fsdp=2, tensor=4)
+for name in ("model", "converted"):
+    params = load_pretrained(folder / name, TINY, placed, "float32")
+    assert all(params[path].sharding == placed[path] for path in params)
+    assert not params["layers.0.0.mlp.up.kernel"].is_fully_addressable
+    export(folder / f"{name}-out", params, TINY, max_shard_bytes=5000)
+params["layers.0.0.mlp.up.kernel"] = params["layers.0.0.mlp.up.kernel"] * 1e6
+for name, dtype in (("occupied", "float32"), ("narrow", "float16")):
+    try:
+        export(folder / name, params, TINY, dtype)
+    except StorageError as error:
+        print(f"{name}: {error}")
+"""
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("two")
+    write_folder(folder / "model", TINY, llama_tensors(TINY))
+    convert([f"--from={folder}/model", f"--to={folder}/converted"])
+    (folder / "occupied").mkdir()
+    (folder / "occupied" / "mine.txt").write_text("")
+    return folder
+
+
+@pytest.fixture(scope="module")
+def said(folder: Path) -> list[str]:
+    """What each process printed."""
+    with socket.socket() as free:
+        free.bind(("localhost", 0))
+        address = f"localhost:{free.getsockname()[1]}"
+    flags = {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": "--xla_force_host_platform_device_count=4"}
+    paths = os.pathsep.join([str(Path(__file__).parent), *sys.path])
+    processes = [
+        subprocess.Popen(
+            [sys.executable, "-c", _WORKER, address, str(number), str(folder)],
+            env=os.environ | flags | {"PYTHONPATH": paths},
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        for number in range(2)
+    ]
+    results = [process.communicate(timeout=120) for process in processes]
+    for process, (_, err) in zip(processes, results, strict=True):
+        assert process.returncode == 0, err[-3000:]
+    return [out for out, _ in results]
+
+
+@pytest.mark.parametrize("name", ["model", "converted"])
+def test_what_goes_in_comes_out(folder: Path, said: list[str], name: str) -> None:
+    files = sorted((folder / f"{name}-out").glob("*.safetensors"))
+    assert len(files) > 1
+    exported = {key: values for file in files for key, values in safetensors.numpy.load_file(file).items()}
+    assert {n: v.tobytes() for n, v in exported.items()} == {n: v.tobytes() for n, v in llama_tensors(TINY).items()}
+
+
+def test_where_one_process_cannot_write_all_say_so(folder: Path, said: list[str]) -> None:
+    assert "holds mine.txt, which no export of ours wrote" in said[0]
+    assert "occupied: process 0 could not write the export" in said[1]
+    for out in said:
+        assert "mlp.up_proj.weight has NaN or infinite values (as float16)" in out
+    assert not (folder / "narrow").exists()
