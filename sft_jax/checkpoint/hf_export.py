@@ -172,7 +172,8 @@ def _read_rows(out: np.ndarray, source: ParamSource, place: tuple[int, ...], row
     source.read((*(slice(at, at + 1) for at in place), rows, *rest), out[(None,) * len(place)])
 
 
-def _take(values: Array, place: tuple[int, ...]) -> Array:
+@jax.jit
+def _take(values: Array, place: tuple[Any, ...]) -> Array:
     """values[place]; one compilation serves all places."""
     rest = values.shape[len(place) :]
     part = jax.lax.dynamic_slice(values, (*place, *(0 for _ in rest)), (*(1 for _ in place), *rest))
