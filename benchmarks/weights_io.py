@@ -3,9 +3,10 @@
     python benchmarks/weights_io.py [--gigabytes 6] [--shards 12] [--folder DIR]
 
 A Llama of random bfloat16 weights, with the widths of Llama-3.2-3B and as many layers as fit the size, is written to a
-temporary folder, which is removed; the disk needs four times the size. Each case runs in a process of its own, from files
-that are not in the page cache, and ends when what it wrote is on disk. Memory is the peak of RssAnon, sampled every 5 ms,
-over what it was when everything was imported (for the export from devices: when the parameters were there).
+temporary folder, which is removed; the disk needs four times the size. Each case runs in a process of its own, from
+files that are not in the page cache, and ends when what it wrote is on disk; what comes out is compared bit for bit.
+Memory is the peak of RssAnon, sampled every 5 ms, over what it was when everything was imported (for the export from
+devices: when the parameters were there).
 """
 
 import argparse
@@ -42,7 +43,7 @@ BLOCK_BYTES = 2**24
 def config_fields(num_layers: int) -> dict:
     return WIDTHS | dict(
         model_type="llama", architectures=["LlamaForCausalLM"], num_hidden_layers=num_layers, tie_word_embeddings=False,
-        max_position_embeddings=8192, rms_norm_eps=1e-5, rope_theta=500_000.0, hidden_act="silu", torch_dtype="bfloat16",
+        max_position_embeddings=8192, rms_norm_eps=1e-5, rope_theta=500_000.0, torch_dtype="bfloat16",
     )  # fmt: skip
 
 

@@ -20,7 +20,7 @@ from jax.sharding import Sharding, SingleDeviceSharding
 
 from sft_jax.checkpoint.converted import is_converted, open_converted, read_record
 from sft_jax.checkpoint.hf_names import EMBEDDING, HEAD, TensorRule, match_tensors, tensor_rules
-from sft_jax.checkpoint.model_files import Folder, file_in
+from sft_jax.checkpoint.model_files import Folder, ModelFile, file_in
 from sft_jax.checkpoint.mxfp4 import join_mxfp4
 from sft_jax.checkpoint.param_source import GrownSource, ParamSource, check_finite, place_shards, read_box
 from sft_jax.checkpoint.safetensors_io import TensorInfo, read_index
@@ -173,12 +173,17 @@ def digest_weights(folder: Folder) -> str:
     """
     if is_converted(folder):
         return read_record(folder).digest
+    by_file: dict[ModelFile, list[TensorInfo]] = {}
+    for tensor in read_index(folder).values():
+        by_file.setdefault(tensor.file, []).append(tensor)
+    samples: dict[str, list[bytes]] = {}
+    for file, tensors in by_file.items():
+        heads = [(tensor.begin, min(tensor.begin + _SAMPLED_BYTES, tensor.end)) for tensor in tensors]
+        tails = [(max(tensor.end - _SAMPLED_BYTES, tensor.begin), tensor.end) for tensor in tensors]
+        parts = file.read_ranges(heads + tails)
+        for tensor, *ends in zip(tensors, parts[: len(tensors)], parts[len(tensors) :], strict=True):
+            samples[f"{tensor.name} {tensor.dtype.name} {tensor.shape}\n"] = ends
     digest = hashlib.sha256()
-    for name, tensor in sorted(read_index(folder).items()):
-        digest.update(f"{name} {tensor.dtype.name} {tensor.shape}\n".encode())
-        for begin, end in (
-            (tensor.begin, min(tensor.begin + _SAMPLED_BYTES, tensor.end)),
-            (max(tensor.end - _SAMPLED_BYTES, tensor.begin), tensor.end),
-        ):
-            digest.update(tensor.file.read(begin, end))
+    for description, ends in sorted(samples.items()):
+        digest.update(b"".join([description.encode(), *ends]))
     return digest.hexdigest()

@@ -3,12 +3,12 @@
 One tensor of the folder is on the host at a time.
 """
 
+import math
 import os
 import shutil
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -28,7 +28,7 @@ from sft_jax.typing import Array
 
 EXPORT_DTYPES = ("float32", "bfloat16", "float16", "float64")
 _EXPORT_RECORD = "sft_jax_export.json"
-_BLOCK_BYTES = 2**25
+_PIECE_BYTES, _BLOCK_BYTES = 2**27, 2**25
 _WORKERS = 3
 
 
@@ -53,7 +53,7 @@ def export_pretrained(
       config: with the vocabulary that `params` have.
       stop_ids: of the tokens that end an assistant turn; generation stops at them, and at the tokenizer's own EOS.
       dtype: of the stored weights: float32, bfloat16, float16 or float64.
-      model_card: text of README.md; empty: none is written. Of process 0.
+      model_card: text of README.md; empty: none is written. Asked of process 0 only.
 
     Raises:
       StorageError: where the target holds files that no export wrote, or the disk refuses.
@@ -78,15 +78,15 @@ def export_pretrained(
             _replace_folder(Path(folder), fill)
     except StorageError as error:
         failure = error
-    try:
-        for _ in tensors:  # gathering takes all processes, whatever has become of the writing
-            pass
-    except StorageError as error:
-        failure = failure or error
     if jax.process_count() > 1:
+        try:
+            for _ in tensors:  # gathering takes all processes, whatever has become of the writing
+                pass
+        except StorageError as error:
+            failure = failure or error
         has_failed = multihost_utils.process_allgather(np.array(failure is not None))
         if has_failed.any() and failure is None:
-            raise StorageError(f"{folder}: process 0 could not write the export; its log says why.")
+            failure = StorageError(f"{folder}: process 0 could not write the export; its log says why.")
     if failure is not None:
         raise failure
 
@@ -118,13 +118,20 @@ def check_export_target(folder: str | os.PathLike[str]) -> None:
         raise StorageError(f"{target}: is a file, and the export needs a folder. Choose another name.")
     files = _files_in(target)
     record = target / _EXPORT_RECORD
-    own = msgspec.json.decode(record.read_bytes(), type=dict[str, Any])["files"] if record.is_file() else []
+    try:
+        own = msgspec.json.decode(record.read_bytes(), type=_Record).files if record.is_file() else []
+    except msgspec.DecodeError:  # of somebody else, by chance under our name
+        own = []
     foreign = sorted(set(files) - {*own, _EXPORT_RECORD})
     if foreign:
         raise StorageError(
             f"{target}: holds {foreign[0]}, which no export of ours wrote ({len(foreign)} such files). Choose another "
             "folder, or remove it."
         )
+
+
+class _Record(msgspec.Struct):
+    files: list[str]
 
 
 def _files_in(folder: Path) -> list[str]:
@@ -143,47 +150,52 @@ def _empty_sibling(target: Path, suffix: str) -> Path:
 def _make_tensors(
     params: Mapping[str, Array | ParamSource], config: TransformerConfig, dtype: str
 ) -> Iterator[tuple[str, np.ndarray]]:
-    """(name, values) of each tensor of the folder, one at a time on the host."""
+    """(name, values) of each tensor of the folder, one at a time on the host; those of the vocabulary in pieces."""
+    kind = jnp.dtype(dtype)
     for name, parts, place in hf_tensors(config):
-        values = np.empty(parts[0].hf_shape(config), jnp.dtype(dtype))
-        for rule in parts:
-            _fill(rule.from_hf(values, config), params[rule.path], place)
-        check_finite(values, f"export: {name}")
-        yield name, values
-        del values  # before the next one is made
+        # Of embedding and head our rows are theirs, so that not all need be here.
+        shape, is_whole = parts[0].hf_shape(config), parts[0].is_stacked or parts[0].dims != parts[0].hf_dims
+        num_rows = shape[0] if is_whole else max(1, _PIECE_BYTES // (kind.itemsize * math.prod(shape[1:])))
+        for (rows,) in boxes(shape[:1], (num_rows,)):
+            values = np.empty((rows.stop - rows.start, *shape[1:]), kind)
+            for rule in parts:
+                out = rule.from_hf(values, config) if is_whole else values
+                _fill(out, params[rule.path], place, rows.start)
+            check_finite(values, f"export: {name}")
+            yield name, values
+            del values  # before the next one is made
 
 
-def _fill(out: np.ndarray, param: Array | ParamSource, place: tuple[int, ...]) -> None:
-    """Copy one layer or expert of a parameter, or all of it, into a view of the tensor that is to be, some rows at a
-    time."""
+def _fill(out: np.ndarray, param: Array | ParamSource, place: tuple[int, ...], first_row: int) -> None:
+    """Copy one layer or expert of a parameter, or some of its rows, into a view of the tensor to be, in blocks."""
     num_rows = max(1, _BLOCK_BYTES // max(out[:1].nbytes, 1))
     blocks = [rows for (rows,) in boxes(out.shape[:1], (num_rows,))]
     if isinstance(param, ParamSource):
         with ThreadPoolExecutor(_WORKERS) as pool:
-            list(pool.map(lambda rows: _read_rows(out[rows], param, place, rows), blocks))
+            list(pool.map(lambda rows: _read_rows(out[rows], param, place, first_row + rows.start), blocks))
     else:
         part = _take(param, place) if place else param
         for rows in blocks:
-            copy_in_blocks(out[rows], _pull(part, rows))
+            copy_in_blocks(out[rows], _pull(part, first_row + rows.start, rows.stop - rows.start))
 
 
-def _read_rows(out: np.ndarray, source: ParamSource, place: tuple[int, ...], rows: slice) -> None:
-    rest = (slice(0, size) for size in out.shape[1:])
-    source.read((*(slice(at, at + 1) for at in place), rows, *rest), out[(None,) * len(place)])
+def _read_rows(out: np.ndarray, source: ParamSource, place: tuple[int, ...], first_row: int) -> None:
+    box = (slice(first_row, first_row + len(out)), *(slice(0, size) for size in out.shape[1:]))
+    source.read((*(slice(at, at + 1) for at in place), *box), out[(None,) * len(place)])
 
 
 @jax.jit
-def _take(values: Array, place: tuple[Any, ...]) -> Array:
+def _take(values: Array, place: tuple[int | Array, ...]) -> Array:
     """values[place]; one compilation serves all places."""
     rest = values.shape[len(place) :]
     part = jax.lax.dynamic_slice(values, (*place, *(0 for _ in rest)), (*(1 for _ in place), *rest))
     return jnp.squeeze(part, tuple(range(len(place))))
 
 
-def _pull(values: Array, rows: slice) -> np.ndarray:
+def _pull(values: Array, first_row: int, num_rows: int) -> np.ndarray:
     """Some rows of an array, gathered on the host of every process."""
     # A new array also of all rows: numpy's copy of an array stays in host memory as long as that array lives.
-    part = jax.lax.dynamic_slice_in_dim(values, rows.start, rows.stop - rows.start)
+    part = jax.lax.dynamic_slice_in_dim(values, first_row, num_rows)
     if not part.is_fully_addressable:
         return multihost_utils.process_allgather(part, tiled=True)
     return np.asarray(part)

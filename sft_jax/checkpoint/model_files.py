@@ -11,6 +11,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import BinaryIO
 
 from sft_jax.data.stored_files import is_url, open_filesystem
 from sft_jax.datatypes import StorageError
@@ -63,19 +64,28 @@ class ModelFile:
                 return file.read(-1 if end is None else end - begin)
 
     def read_ranges(self, ranges: Sequence[tuple[int, int]]) -> list[bytes]:
-        """Several ranges of a remote file, at the same time where its store can do so.
+        """Several ranges, at the same time where a store can do so.
 
         Raises:
           StorageError: the file cannot be reached, or ends before a range does.
         """
         with _readable(self.path):
-            filesystem, path = open_filesystem(self.path)
-            begins, ends = zip(*ranges, strict=True)
-            parts = filesystem.cat_ranges([path] * len(ranges), list(begins), list(ends), on_error="raise")
+            if self.is_remote:
+                filesystem, path = open_filesystem(self.path)
+                begins, ends = zip(*ranges, strict=True)
+                parts = filesystem.cat_ranges([path] * len(ranges), list(begins), list(ends), on_error="raise")
+            else:
+                with open(self.path, "rb") as file:
+                    parts = [_read_range(file, begin, end) for begin, end in ranges]
         for part, (begin, end) in zip(parts, ranges, strict=True):
             if len(part) != end - begin:
                 raise StorageError(f"{self}: bytes [{begin}, {end}) are not there. Did the file change? Start again.")
         return parts
+
+
+def _read_range(file: BinaryIO, begin: int, end: int) -> bytes:
+    file.seek(begin)
+    return file.read(end - begin)
 
 
 def file_in(folder: Folder, name: str) -> ModelFile:

@@ -56,7 +56,8 @@ def write_tensors(
 
     Args:
       specs: every tensor, in the order of writing.
-      tensors: their names and values in that order, taken one at a time and dropped once written.
+      tensors: their names and values in that order, taken one at a time and dropped once written. A tensor may
+        come in pieces: some of its rows, in order, each time under its name.
     """
     shards = plan_shards(specs, max_shard_bytes)
     names = [f"model-{i:05}-of-{len(shards):05}.safetensors" for i in range(1, len(shards) + 1)]
@@ -77,11 +78,10 @@ def _write_shard(path: Path, shard: Iterable[TensorSpec], tensors: Iterator[tupl
         stream.write(_encode_header(shard))
         pending, num_waiting = None, 0
         for spec in shard:
-            name, values = next(tensors)
-            assert (name, values.dtype, values.shape) == (spec.name, spec.dtype, spec.shape), f"{name} is not {spec}"
-            stream.write(np.ascontiguousarray(values).reshape(-1).view(np.uint8).data)
-            del values  # before the next one is made
-            num_waiting += spec.num_bytes
+            for data in _pieces(spec, tensors):
+                stream.write(data)
+                num_waiting += data.nbytes
+                del data  # before the next one is made
             if num_waiting > _FLUSHED_BYTES and (pending is None or pending.done()):
                 stream.flush()
                 pending, num_waiting = flusher.submit(os.fdatasync, stream.fileno()), 0  # or the last one would wait
@@ -90,6 +90,25 @@ def _write_shard(path: Path, shard: Iterable[TensorSpec], tensors: Iterator[tupl
         stream.flush()
         os.fsync(stream.fileno())
     partial.replace(path)
+
+
+def _pieces(spec: TensorSpec, tensors: Iterator[tuple[str, np.ndarray]]) -> Iterator[memoryview]:
+    """The bytes of one tensor, as many of its rows at a time as it comes in."""
+    num_rows, is_done = 0, False
+    while not is_done:
+        made = next(tensors, None)
+        assert made is not None, f"nothing is left for {spec}"
+        (name, values), made = made, None
+        assert (name, values.dtype, values.shape[1:]) == (spec.name, spec.dtype, spec.shape[1:]), (
+            f"{name} is not {spec}"
+        )
+        num_rows += len(values) if spec.shape else 1
+        is_done = num_rows >= (spec.shape[0] if spec.shape else 1)
+        data = np.ascontiguousarray(values).reshape(-1).view(np.uint8).data
+        del values
+        yield data
+        del data
+    assert not spec.shape or num_rows == spec.shape[0], f"{num_rows} rows are not {spec}"
 
 
 def _encode_header(specs: Iterable[TensorSpec]) -> bytes:

@@ -60,6 +60,7 @@ def _unravel(offset: int, shape: tuple[int, ...]) -> tuple[int, ...]:
 def copy_in_blocks(out: np.ndarray, values: np.ndarray) -> None:
     """`out[...] = values` for a transposed view, about four times as fast: a few rows of it at a time, which a core's
     cache holds, so that each page of a file is read once and in order."""
+    out, values = out.squeeze(), values.squeeze()
     if not values.ndim:
         out[...] = values
         return

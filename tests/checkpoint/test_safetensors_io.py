@@ -78,6 +78,18 @@ def test_shards_hold_at_most_the_limit_and_the_index_names_them(tmp_path: Path) 
         np.testing.assert_array_equal(map_tensor(read_index(tmp_path)[name]), values)
 
 
+def test_a_tensor_may_come_in_pieces(tmp_path: Path) -> None:
+    values = np.arange(10, dtype=np.float32).reshape(5, 2)
+    tensors = [("a", values[:2]), ("a", values[2:3]), ("a", values[3:]), ("b", values[0]), ("c", values[:0])]
+    specs = [TensorSpec(name, values.dtype, shape) for name, shape in {"a": (5, 2), "b": (2,), "c": (0, 2)}.items()]
+    write_tensors(tmp_path, specs, tensors)
+    read = safetensors.numpy.load_file(tmp_path / SINGLE_FILE)
+    np.testing.assert_array_equal(read["a"], values)
+    np.testing.assert_array_equal(read["b"], values[0])
+    with pytest.raises(AssertionError, match="6 rows are not"):
+        write_tensors(tmp_path, specs, [tensors[0], ("a", values[:4]), *tensors[3:]])
+
+
 def test_a_tensor_over_the_limit_has_a_shard_of_its_own() -> None:
     small, large = TensorSpec("s", np.dtype("f4"), (1,)), TensorSpec("l", np.dtype("f4"), (100,))
     assert plan_shards([small, large, small, small], 8) == [(small,), (large,), (small, small)]
@@ -85,7 +97,7 @@ def test_a_tensor_over_the_limit_has_a_shard_of_its_own() -> None:
 
 def test_a_failed_write_leaves_no_file_of_that_name(tmp_path: Path) -> None:
     tensors = {"a": np.zeros(2, np.float32), "b": np.zeros(2, np.float32)}
-    with pytest.raises(StopIteration):
+    with pytest.raises(AssertionError, match="nothing is left"):
         write_tensors(tmp_path, specs_of(tensors), [("a", tensors["a"])])
     assert not (tmp_path / SINGLE_FILE).exists()
 

@@ -103,10 +103,13 @@ def test_a_file_that_is_gone_is_named(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("order", list(itertools.permutations(range(3))), ids=str)
 def test_blocks_copy_everything(order: tuple[int, ...]) -> None:
-    values = np.arange(700 * 90 * 5, dtype=np.int32).reshape(700, 90, 5).transpose(order)
-    out = np.empty(values.shape, np.int64)
-    copy_in_blocks(out, values)
-    np.testing.assert_array_equal(out, values)
+    values = np.arange(700 * 90 * 5, dtype=np.int32).reshape(700, 90, 5)
+    from_transposed = np.empty([values.shape[dim] for dim in order], np.int64)
+    copy_in_blocks(from_transposed, values.transpose(order))
+    np.testing.assert_array_equal(from_transposed, values.transpose(order))
+    back = np.empty_like(values)
+    copy_in_blocks(back.transpose(order)[None], from_transposed[None])
+    np.testing.assert_array_equal(back, values)
 
 
 @pytest.mark.parametrize("dtype", ["float16", "bfloat16", "float32", "float64"])
