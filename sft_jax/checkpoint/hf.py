@@ -18,6 +18,7 @@ import numpy as np
 from absl import logging
 from jax.sharding import Sharding, SingleDeviceSharding
 
+from sft_jax.checkpoint.block_fp8 import join_block_fp8
 from sft_jax.checkpoint.converted import is_converted, open_converted, read_record
 from sft_jax.checkpoint.hf_names import EMBEDDING, HEAD, TensorRule, match_tensors, tensor_rules
 from sft_jax.checkpoint.model_files import Folder, ModelFile, file_in
@@ -97,7 +98,7 @@ def open_sources(folder: Folder, stored: TransformerConfig) -> dict[str, ParamSo
     if is_converted(folder):
         return dict(open_converted(folder, {rule.path: rule.shape(stored) for rule in rules}))
     index = read_index(folder)
-    matched = match_tensors(stored, join_mxfp4(index), str(folder))
+    matched = match_tensors(stored, join_block_fp8(join_mxfp4(index)), str(folder))
     if stored.tie_embeddings:
         _check_tied(index)
     return {rule.path: HfSource(rule, matched[rule.path], stored) for rule in rules}

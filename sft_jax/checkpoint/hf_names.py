@@ -17,6 +17,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 
 import numpy as np
+from absl import logging
 
 from sft_jax.checkpoint.stored_tensor import StoredTensor
 from sft_jax.datatypes import StorageError
@@ -365,13 +366,24 @@ def match_tensors(
     if config.tie_embeddings and HEAD.hf_name in index:
         _check(index[HEAD.hf_name], HEAD.hf_shape(config))
         used.add(HEAD.hf_name)
-    unknown = sorted(name for name in index.keys() - used if not _BUFFERS.fullmatch(name))
+    unused = {name for name in index.keys() - used if not _BUFFERS.fullmatch(name)}
+    unknown = sorted(unused - _of_next_token_layer(config, unused, where))
     if unknown:
         raise StorageError(
             f"{where}: holds {len(unknown)} tensors that this model would not use, such as {', '.join(unknown[:3])}. "
             "config.json describes another model, or these are an adapter or quantized weights. Name the base model."
         )
     return matched
+
+
+def _of_next_token_layer(config: TransformerConfig, unused: set[str], where: str) -> set[str]:
+    """DeepSeek-V3's layer after the last, which predicts the token after the next one. No logit depends on it."""
+    prefix = f"model.layers.{config.num_layers}."
+    if config.family != "deepseek_v3" or f"{prefix}eh_proj.weight" not in unused:
+        return set()
+    found = {name for name in unused if name.startswith(prefix)}
+    logging.info("%s: leaves out %s*, %d tensors that predict one token more", where, prefix, len(found))
+    return found
 
 
 def _check(tensor: StoredTensor, shape: tuple[int, ...]) -> None:

@@ -76,14 +76,15 @@ class Family:
     """Layers have mixtures of experts, described by these keys."""
     is_latent: bool = False
     """Attention is latent."""
-    quantized: str | None = None
-    """The `quant_method` of folders whose codes are decoded when they are read."""
+    quantized: Mapping[str, Any] = field(default_factory=dict)
+    """What `quantization_config` says in folders whose codes are decoded when they are read; {}: there are none."""
     written: Mapping[str, Any] = field(default_factory=dict)
     """Keys that are written besides, because transformers assumes something else."""
 
 
 # Of transformers' training; ours are in config.loss.
 _ROUTER_LOSSES = frozenset({"router_aux_loss_coef", "output_router_logits"})
+_BLOCK_FP8 = {"quant_method": "fp8", "fmt": "e4m3", "weight_block_size": [128, 128]}
 # DeepSeek's folders name the code that came with them, which is never run: transformers' own is the same model.
 _DEEPSEEK_CODE = {
     "AutoConfig": "configuration_deepseek.DeepseekV3Config",
@@ -242,6 +243,7 @@ FAMILIES: dict[str, Family] = {
             placed="step",
         ),
         harmless=_ROUTER_LOSSES | {"max_window_layers"},  # the window is that of all layers
+        quantized=_BLOCK_FP8,
     ),
     "gpt_oss": Family(
         architecture="GptOssForCausalLM",
@@ -269,7 +271,7 @@ FAMILIES: dict[str, Family] = {
         ),
         only={"swiglu_alpha": 1.702},
         harmless=_ROUTER_LOSSES | {"initial_context_length"},
-        quantized="mxfp4",
+        quantized={"quant_method": "mxfp4"},
     ),
     # DeepSeek-V3 and R1, and what took over their code. The layers for multi-token prediction are left out.
     "deepseek_v3": Family(
@@ -303,5 +305,6 @@ FAMILIES: dict[str, Family] = {
         only={"scoring_func": "sigmoid", "topk_method": "noaux_tc", "moe_layer_freq": 1, "auto_map": _DEEPSEEK_CODE},
         harmless=_ROUTER_LOSSES | {"num_nextn_predict_layers", "ep_size", "aux_loss_alpha", "seq_aux"},
         written={"num_nextn_predict_layers": 0},
+        quantized=_BLOCK_FP8,
     ),
 }

@@ -76,7 +76,7 @@ def read_hf_config(fields: dict[str, Any], where: str) -> TransformerConfig:
 def _check_quantization(rest: Fields, family: Family) -> None:
     """Remove the description of codes that are decoded when they are read."""
     described = rest.rest.get("quantization_config")
-    if isinstance(described, dict) and family.quantized and described.get("quant_method") == family.quantized:
+    if isinstance(described, dict) and family.quantized and described.items() >= dict(family.quantized).items():
         del rest.rest["quantization_config"]
 
 
