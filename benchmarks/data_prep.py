@@ -4,13 +4,16 @@
 
 From JSON lines to tokens, masks and a packing plan at 2,048. The data is GSM8K as chats, `--repeat` times over, each
 row made unique by a counter. The loop reads JSON, encodes prompt and answer, and keeps ids and mask; it checks nothing
-and writes nothing. TRL's Python needs torch==2.13.0 transformers==5.23.0 trl==1.16.0 datasets sentencepiece.
+and writes nothing. sft_jax remembers the ids of words, which come again with each time over; the forgetful run drops
+them at the end of each, so that it knows no more than one reading of GSM8K teaches. TRL's Python needs torch==2.13.0
+transformers==5.23.0 trl==1.16.0 datasets sentencepiece.
 
 Each run has a process of its own. Its imports are not timed; opening the tokenizer is. All but one run have one core.
 Beside the wall's, the seconds of all its processes on their cores are shown: those hold on a busy machine too.
 """
 
 import argparse
+import itertools
 import json
 import os
 import resource
@@ -23,11 +26,12 @@ from pathlib import Path
 
 import numpy as np
 from child import run_child
-from gsm8k import CHATS, make_config, write_chats
+from gsm8k import CHATS, NUM_ROWS, make_config, write_chats
 
 HERE = Path(__file__).parent
 MAX_SEQ_LEN = 2048
-LOOP, OURS, OURS_BY_TWO, TRL = "loop", "sft_jax", "sft_jax, 2 processes", "trl"
+LOOP, OURS, OURS_FORGETFUL, OURS_BY_TWO = "loop", "sft_jax", "sft_jax, forgetful", "sft_jax, 2 processes"
+TRL = "trl"
 BYTE_LEVEL = " (byte-level)"
 
 Encode = Callable[[str, str], tuple[list[int], list[int], list[int]]]
@@ -105,6 +109,25 @@ def run_ours(folder: Path, processes: int, byte_level: bool) -> dict:
     return timed(prepare)
 
 
+def forget_words(every: int) -> None:
+    """After so many texts, in this process."""
+    from sft_jax.data.sentencepiece_words import Words
+
+    encode, num_texts = Words.encode, itertools.count(1)
+
+    def encode_and_forget(words: Words, text: str) -> np.ndarray:
+        if next(num_texts) % every == 0:
+            words.clear()
+        return encode(words, text)
+
+    Words.encode = encode_and_forget
+
+
+def run_forgetful(folder: Path) -> dict:
+    forget_words(every=2 * NUM_ROWS)  # a question and an answer each
+    return run_ours(folder, 1, byte_level=False)
+
+
 def timed(run: Callable[[], dict]) -> dict:
     """What `run` returns, with its seconds: on the wall, and on the cores, those of processes it has ended included."""
 
@@ -120,6 +143,7 @@ def timed(run: Callable[[], dict]) -> dict:
 CASES: dict[str, Callable[[Path], dict]] = {
     LOOP: lambda folder: timed(lambda: run_loop(folder, open_sentencepiece)),
     OURS: lambda folder: run_ours(folder, 1, byte_level=False),
+    OURS_FORGETFUL: run_forgetful,
     OURS_BY_TWO: lambda folder: run_ours(folder, 2, byte_level=False),
     LOOP + BYTE_LEVEL: lambda folder: timed(lambda: run_loop(folder, open_byte_level)),
     OURS + BYTE_LEVEL: lambda folder: run_ours(folder, 1, byte_level=True),
@@ -163,7 +187,7 @@ def print_table(results: dict[str, dict]) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--trl-python", default="", help="a Python that has trl; without it, TRL is not run")
-    parser.add_argument("--repeat", type=int, default=10, help="times 7,473 examples")
+    parser.add_argument("--repeat", type=int, default=10, help=f"times {NUM_ROWS:,} examples")
     parser.add_argument("--cores", default="0,1", help="two processors; all but one run have the first alone")
     parser.add_argument("--case", nargs=2, metavar=("NAME", "FOLDER"), help=argparse.SUPPRESS)
     options = parser.parse_args()
@@ -173,7 +197,7 @@ def main() -> None:
         return
     with tempfile.TemporaryDirectory() as folder:
         write_chats(Path(os.environ["SFT_JAX_ASSETS"]), Path(folder), options.repeat)
-        print(f"{options.repeat * 7473:,} examples; cores {options.cores}; rows of {MAX_SEQ_LEN:,}")
+        print(f"{options.repeat * NUM_ROWS:,} examples; cores {options.cores}; rows of {MAX_SEQ_LEN:,}")
         print_table(measure(Path(folder), [int(core) for core in options.cores.split(",")], options.trl_python))
 
 

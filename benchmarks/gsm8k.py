@@ -8,10 +8,11 @@ from typing import Any
 from sft_jax.config_schema import Config, DataConfig, SourceConfig
 
 CHATS = "chats.jsonl"
+NUM_ROWS = 7473
 
 
 def write_chats(assets: Path, folder: Path, repeat: int) -> Path:
-    """7,473 rows, `repeat` times over. A counter begins each question, so that nothing can be remembered."""
+    """NUM_ROWS rows, `repeat` times over. A counter begins each question, so that nothing can be remembered."""
     lines = (assets / "sft/gsm8k/train.jsonl").read_text().splitlines()
     rows = [json.loads(line) for line in lines]
     path = folder / CHATS

@@ -50,13 +50,15 @@ PREEMPTED_EXIT_CODE = 75
 
 
 class Origin(NamedTuple):
-    """Where a row came from. Lines count from 1; `str(origin)` is `path:line`."""
+    """Where a row came from: `path:line`, and in a file that is one JSON array `path:line#element`. Both count from 1;
+    elsewhere `element` is 0."""
 
     path: str
     line: int
+    element: int = 0
 
     def __str__(self) -> str:
-        return f"{self.path}:{self.line}"
+        return f"{self.path}:{self.line}{f'#{self.element}' if self.element else ''}"
 
 
 @dataclass(frozen=True, slots=True)
@@ -108,7 +110,7 @@ class Conversation:
 
 @dataclass(frozen=True, slots=True)
 class Document:
-    """Plain text: every token is trained on."""
+    """Plain text: trained on as a whole, but for the first token (BOS, where there is one), which nothing predicts."""
 
     text: str
     origin: Origin

@@ -11,7 +11,7 @@ from rich.text import Text
 
 from sft_jax.command_line import run_command
 from sft_jax.config import from_config_dict
-from sft_jax.config_schema import DataConfig, SourceConfig
+from sft_jax.config_schema import DataConfig
 from sft_jax.data.conversations import detect_format, parse_row
 from sft_jax.data.errors import RowError
 from sft_jax.data.preview import preview_tokens, weights_of
@@ -33,6 +33,9 @@ def main(args: list[str]) -> int:
     parser.add_argument("--input", required=True, metavar="FILE", help="rows to train on")
     parser.add_argument("--format", default="auto", help="as a source's format (default auto: that of the first row)")
     parser.add_argument("--fields", default="{}", metavar="JSON", help="as a source's fields: our name -> the row's")
+    parser.add_argument(
+        "--role-map", default="{}", metavar="JSON", help="as config.data.role_map: the row's role -> ours"
+    )
     parser.add_argument("--template", default="", metavar="NAME|FILE", help="as config.data.chat_template")
     parser.add_argument("--template-kwargs", default="{}", metavar="JSON", help="as config.data.chat_template_kwargs")
     parser.add_argument("--new-tokens", default="", metavar="A,B", help="as config.data.new_tokens")
@@ -43,21 +46,25 @@ def main(args: list[str]) -> int:
     renderer = open_renderer(data, options.tokenizer)
     tokenizer = renderer.tokenizer
 
-    console, num_refused = Console(), 0
-    for result in render_rows(data.train[0], renderer):
+    console, num_rows, num_refused = Console(), 0, 0
+    for result in render_rows(data, renderer):
+        num_rows += 1
         num_refused += isinstance(result, RowError)
         if options.json:
             print(json.dumps(result_to_json(result, tokenizer)))
         else:
             console.print(result_to_text(result, tokenizer), soft_wrap=True)
+    if not num_rows:
+        raise DataError(f"--input: {options.input} has no rows. Name a file with at least one.")
     return DataError.exit_code if num_refused else 0
 
 
 def data_config(options: argparse.Namespace) -> DataConfig:
     """The options through the door that a config's fields come through, so that they are checked alike."""
-    kwargs, fields = (read_json(options, name) for name in ("template_kwargs", "fields"))
+    kwargs, fields, role_map = (read_json(options, name) for name in ("template_kwargs", "fields", "role_map"))
     data = {
         "train": [{"path": options.input, "format": options.format, "fields": fields}],
+        "role_map": role_map,
         "tokenizer": options.tokenizer,
         "chat_template": options.template,
         "chat_template_kwargs": kwargs,
@@ -76,8 +83,14 @@ def read_json(options: argparse.Namespace, name: str) -> Any:
         raise ConfigError(f'{option}: {text} is not JSON: {error}. Write {{"name": value}}.') from error
 
 
-def render_rows(source: SourceConfig, renderer: Renderer) -> Iterator[list[TokenizedExample] | RowError]:
-    """The examples of each row, or why it has none. The format that a file's first row shows is its every row's."""
+def render_rows(data: DataConfig, renderer: Renderer) -> Iterator[list[TokenizedExample] | RowError]:
+    """The examples of each row, or why it has none. The format that a file's first row shows is its every row's.
+
+    Raises:
+      ConfigError: the template writes today's date, as a run would refuse it.
+    """
+    source = data.train[0]
+    renderer.refuse_clock()
     for file in resolve_files(source.path, "--input"):
         format = source.format
         for row in read_rows(file):
@@ -86,7 +99,8 @@ def render_rows(source: SourceConfig, renderer: Renderer) -> Iterator[list[Token
                     raise RowError(row.reason, row.origin, row.message)
                 if format == "auto":
                     format = detect_format(row, source.fields)
-                examples = renderer.render(parse_row(row, format, field_map=source.fields))
+                examples = renderer.render(parse_row(row, format, data.role_map, source.fields))
+                renderer.refuse_clock()  # some templates ask for the date in some conversations only
                 if not all(example.loss_weights.any() for example in examples):  # as a run would refuse it
                     raise RowError("nothing_supervised", row.origin, "has no token to train on. Remove the row.")
                 yield examples

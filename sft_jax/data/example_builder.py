@@ -1,16 +1,39 @@
 """An example that grows turn by turn: ids and weights appended by one call, so that they cannot part."""
 
+import itertools
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from typing import NamedTuple
 
 import numpy as np
 
 from sft_jax.data.tokenizer import Tokenizer
 from sft_jax.data.turns import Turn
-from sft_jax.datatypes import Origin, TokenizedExample
+from sft_jax.datatypes import Origin, TokenizedExample, shift
 
 Parts = list[int | str]
 """A rendered text, cut into control ids and plain text."""
+
+
+class RenderedExample(NamedTuple):
+    """An example, and the turns that it supervises; none for a document."""
+
+    example: TokenizedExample
+    turns: tuple[int, ...] = ()
+    """The numbers of their messages."""
+    answers: tuple[tuple[int, int], ...] = ()
+    """Of each, the positions [start, stop) of the example at which the model is asked for the turn, through its stop
+    token."""
+
+
+class RenderedRow(NamedTuple):
+    """The examples of a row, and what was counted on the way, by name: `expanded`: turns that became examples of their
+    own; `reasoning_split`: contents that opened with the template's reasoning marks; `control_text`: 1 where the row
+    has text that a server which parses control tokens in text would feed differently; `unknown_tokens`: kept."""
+
+    examples: list[RenderedExample]
+    counts: Counter[str]
 
 
 @dataclass
@@ -19,38 +42,43 @@ class ExampleBuilder:
 
     ids: list[np.ndarray] = field(default_factory=list)  # int32, part by part
     weights: list[float] = field(default_factory=list)  # of each part
+    turns: list[int] = field(default_factory=list)  # numbers of the messages that are supervised
+    spans: list[tuple[int, int]] = field(default_factory=list)  # of each, its parts [start, stop)
     text: str = ""  # rendered so far, through the last stop token
-    stop: str = ""  # that stop token, and
-    stop_at: int = 0  # where in `text` it begins
+    stop: str = ""  # that stop token; empty where the template writes none
     epilogue: str = ""  # what the template writes after it
     shares: bool = False  # whether a later prompt that begins with `text` begins with `ids` too
 
     def leads_to(self, prompt: str) -> bool:
         return self.shares and prompt.startswith(self.text)
 
+    @property
+    def stop_at(self) -> int:
+        """Where in `text` the stop token begins."""
+        return len(self.text) - len(self.stop)
+
     def append(self, ids: Sequence[np.ndarray], weight: float) -> None:
         self.ids += ids
         self.weights += [weight] * len(ids)
 
-    def end_turn(self, turn: Turn, shares: bool) -> None:
-        """The ids so far are those of `turn.prompt + turn.completion`."""
+    def end_turn(self, number: int, turn: Turn, num_before: int, shares: bool) -> None:
+        """The ids so far are those of `turn.prompt + turn.completion`; the completion's parts begin at `num_before`."""
+        self.turns.append(number)
+        self.spans.append((num_before, len(self.ids)))
         self.text, self.stop, self.epilogue = turn.prompt + turn.completion, turn.stop, turn.epilogue
-        self.stop_at = len(self.text) - len(turn.stop)
         self.shares = shares
 
-    def finish(self, origin: Origin, averaging: str) -> TokenizedExample:
+    def finish(self, origin: Origin, averaging: str) -> RenderedExample:
         """`averaging` as in `config.data`: by `example`, the weights of the example sum to 1."""
         ids = np.concatenate(self.ids)
-        weights = np.zeros(len(ids), np.float32)
-        at = 0
-        for part, weight in zip(self.ids, self.weights, strict=True):
-            end = at + len(part)
-            if weight:
-                weights[at:end] = weight
-            at = end
+        sizes = list(map(len, self.ids))
+        ends = [0, *itertools.accumulate(sizes)]
+        weights = np.array(self.weights, np.float32).repeat(sizes)
         if averaging == "example":
             weights /= max(weights[1:].sum(dtype=np.float64), np.finfo(np.float32).tiny)  # the first is never a target
-        return TokenizedExample.from_ids(ids, weights, origin)
+        # The id at place k is the target of position k - 1.
+        answers = tuple((max(ends[start] - 1, 0), ends[stop] - 1) for start, stop in self.spans)
+        return RenderedExample(TokenizedExample(*shift(ids, weights), origin), tuple(self.turns), answers)
 
 
 def join_parts(prompt: Parts, completion: Parts) -> Parts:

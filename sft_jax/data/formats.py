@@ -4,7 +4,7 @@
     sharegpt           {"conversations": [{"from": "human", "value": "Hi"}, {"from": "gpt", "value": "Hello."}]}
     alpaca             {"instruction": "Add.", "input": "1 and 2", "output": "3", "history": [["Hi", "Hello."]]}
     prompt_completion  {"prompt": "Hi", "completion": "Hello."}       or messages, in either names, for each of them
-    text               {"text": "Once upon a time"}                   a document: every token is trained on
+    text               {"text": "Once upon a time"}                   a document: trained as a whole
 
 The first four may have `tools` (or `functions`) and `system`, which becomes the first message. Alpaca's user turn is
 instruction + "\\n" + input, or the one of them that is not empty; the answers of its history are trained on. The
@@ -24,6 +24,7 @@ from sft_jax.datatypes import Origin, RawRow
 from sft_jax.row_formats import FORMATS
 
 _NO_FIELDS: dict[str, str] = {}
+_NEEDED = frozenset().union(*(needs for format in FORMATS.values() for needs in format.needs))
 TOOL_FIELDS = ("tools", "functions")
 _MEDIA = frozenset({"audio", "audios", "image", "images", "video", "videos"})
 UNSUPPORTED_FIELDS = _MEDIA | {
@@ -127,6 +128,11 @@ def detect_format(row: RawRow, field_map: Mapping[str, str] = _NO_FIELDS) -> str
       RowError: `wrong_format` where it has those of none, or of several; another reason for what is no demonstration.
     """
     fields = map_fields(row, field_map)
+    lost = [name for name in field_map if name in _NEEDED and name not in fields]
+    if lost:
+        problem = f"has the fields {list_names(row.fields)} and no {list_names(field_map[name] for name in lost)}"
+        problem += f", which the source's fields give as {', '.join(lost)}"
+        refuse("wrong_format", row.origin, problem, "Fix the row, or name the right field there")
     given = {name for name, value in fields.items() if value is not None} or fields.keys()
     found = _formats_of(given) or _formats_of(fields.keys())
     _refuse_pairs(fields, row.origin)

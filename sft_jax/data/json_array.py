@@ -1,4 +1,4 @@
-"""The bytes of one JSON array in, its elements out, unread and each with the line on which it starts.
+"""The bytes of one JSON array in, its elements out, unread and each with its number and the line on which it starts.
 
 A scanner over quotes, brackets and commas finds where elements end, so that a malformed one does not take the others
 with it and memory holds one at a time. Where brackets or quotes do not pair, nothing behind that place can be told
@@ -10,6 +10,7 @@ A string never holds a raw newline, so a quote that pairs with nothing harms its
      {"a": "and left"}]                  and the next line is read as if nothing had happened
 """
 
+import itertools
 import re
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
@@ -50,15 +51,16 @@ class ElementChunk:
     """Elements of an array, unread, each with its line; or what is wrong with one."""
 
     path: str
+    first: int  # its number, from 1
     elements: tuple[tuple[int, bytes] | BadRow, ...]
 
     def rows(self) -> Iterator[RawRow | BadRow]:
-        for element in self.elements:
+        for number, element in enumerate(self.elements, self.first):
             if isinstance(element, BadRow):
                 yield element
             else:
                 line, text = element
-                yield read_row(text, Origin(self.path, line))
+                yield read_row(text, Origin(self.path, line, number))
 
 
 def split_array(blocks: Iterable[bytes], path: str, chunk_bytes: int) -> Iterator[ElementChunk]:
@@ -68,15 +70,15 @@ def split_array(blocks: Iterable[bytes], path: str, chunk_bytes: int) -> Iterato
       DataError: its brackets or quotes do not pair, or something stands behind it.
     """
     elements: list[tuple[int, bytes] | BadRow] = []
-    num_bytes = 0
+    first, num_bytes = 1, 0
     for element in _ArrayScanner(blocks, path).elements():
         elements.append(element)
         num_bytes += 0 if isinstance(element, BadRow) else len(element[1])
         if num_bytes >= chunk_bytes:
-            yield ElementChunk(path, tuple(elements))
-            elements, num_bytes = [], 0
+            yield ElementChunk(path, first, tuple(elements))
+            elements, first, num_bytes = [], first + len(elements), 0
     if elements:
-        yield ElementChunk(path, tuple(elements))
+        yield ElementChunk(path, first, tuple(elements))
 
 
 class _ArrayScanner:
@@ -96,9 +98,10 @@ class _ArrayScanner:
             self._skip_space()
         self._at += 1  # the array's own bracket
         before, is_closed = b"[", False
+        numbers = itertools.count(1)
         while not is_closed:
             self._skip_space()
-            origin = Origin(self._path, self._start_element())
+            origin = Origin(self._path, self._start_element(), next(numbers))
             is_broken, is_closed = self._scan_element(origin)
             if self._is_too_long:
                 yield too_large(origin)
@@ -113,7 +116,8 @@ class _ArrayScanner:
                 self._at += 1  # the comma, or the array's own bracket
         self._skip_space()
         if self._at < len(self._text):
-            self._refuse(self._start_element(), "the file goes on behind the end of its array", "Make it one array")
+            origin = Origin(self._path, self._start_element())
+            self._refuse(origin, "the file goes on behind the end of its array", "Make it one array")
 
     def _scan_element(self, origin: Origin) -> tuple[bool, bool]:
         """Move to the comma or bracket that ends the element: whether a quote broke it, whether the array ends with it.
@@ -125,7 +129,7 @@ class _ArrayScanner:
             self._at = _pass((_INSIDE if depth else _BETWEEN), self._text, self._at)
             if self._at == len(self._text):
                 if not self._read_on():
-                    self._refuse(origin.line, "this element, or the array, has no end", "Complete the file")
+                    self._refuse(origin, "this element, or the array, has no end", "Complete the file")
                 continue
             found = self._text[self._at]
             if found == ord('"'):
@@ -133,23 +137,21 @@ class _ArrayScanner:
                 if not self._pass_string(origin):
                     depth += self._pass_broken_line(string, origin)
                     if depth < -1:
-                        self._refuse(origin.line, "the brackets of this element do not pair", "Mend it")
+                        self._refuse(origin, "the brackets of this element do not pair", "Mend it")
                     if depth <= 0:
                         return True, depth < 0
             elif found in b"[{":
                 depth += 1
                 self._at += 1
                 if depth > _MAX_SCAN_DEPTH:
-                    self._refuse(
-                        origin.line, f"this element is nested deeper than {_MAX_SCAN_DEPTH:,} levels", "Remove it"
-                    )
+                    self._refuse(origin, f"this element is nested deeper than {_MAX_SCAN_DEPTH:,} levels", "Remove it")
             elif found in b"]}" and depth:
                 depth -= 1
                 self._at += 1
             elif found in b",]" and not depth:
                 return False, found == ord("]")
             elif found == ord("}"):
-                self._refuse(origin.line, "a } closes nothing in this element or after it", "Mend it")
+                self._refuse(origin, "a } closes nothing in this element or after it", "Mend it")
 
     def _pass_string(self, origin: Origin) -> bool:
         """Move behind a string that the fast patterns stopped at; False where its quotes do not pair."""
@@ -162,7 +164,7 @@ class _ArrayScanner:
                 self._at += is_closed
                 return is_closed
             if not self._read_on():
-                self._refuse(origin.line, "a string in this element, or the array, has no end", "Complete the file")
+                self._refuse(origin, "a string in this element, or the array, has no end", "Complete the file")
 
     def _pass_broken_line(self, string: int, origin: Origin) -> int:
         """Move behind the line's end; the brackets from `string` on, quoted or not, opened less closed."""
@@ -170,7 +172,7 @@ class _ArrayScanner:
             self._at = len(self._text)
             if self._is_too_long or not self._read_on():
                 problem = "the quotes of this element do not pair, and its line has no end"
-                self._refuse(origin.line, problem, 'Write a quote in a string as \\"')
+                self._refuse(origin, problem, 'Write a quote in a string as \\"')
         self._at = end + 1
         line = self._text[string:end]
         return line.count(b"{") + line.count(b"[") - line.count(b"}") - line.count(b"]")
@@ -209,8 +211,8 @@ class _ArrayScanner:
         del self._text[: self._at]
         self._start = self._at = self._counted = 0
 
-    def _refuse(self, line: int, problem: str, mending: str) -> NoReturn:
-        raise DataError(f"{self._path}:{line}: {problem}: no element from here on can be told apart. {mending}.")
+    def _refuse(self, origin: Origin, problem: str, mending: str) -> NoReturn:
+        raise DataError(f"{origin}: {problem}: no element from here on can be told apart. {mending}.")
 
 
 def _pass(pattern: re.Pattern[bytes], text: bytearray, start: int) -> int:

@@ -124,7 +124,9 @@ class JsonModel:
             if self.adds_prefix:
                 self._continued = tokenizers.Tokenizer.from_str(json.dumps(_without_prefix(running)))
         except Exception as error:  # the library raises no narrower type
-            raise DataError(f"{origin}: the tokenizers library does not read it: {error}.") from error
+            raise DataError(
+                f"{origin}: the tokenizers library does not read it: {error}. Fetch the file again."
+            ) from error
         self.unk_id = _unknown_id(spec)
         self.expresses_all = self.unk_id is None
         if self.unk_id is None:
@@ -161,7 +163,9 @@ class JsonModel:
             ids = self.encode(anchor, continuation=True)
             if self._fresh.decode(ids, skip_special_tokens=False) == anchor:
                 return anchor, ids
-        raise DataError(f"{self.origin}: expresses no ASCII letter or digit, so parts of a text cannot be decoded.")
+        raise DataError(
+            f"{self.origin}: expresses no ASCII letter or digit, so parts of a text cannot be decoded. Use another."
+        )
 
     def fingerprint(self) -> str:
         return hashlib.sha256(json.dumps(self.spec, sort_keys=True).encode()).hexdigest()

@@ -26,7 +26,8 @@ ARRAYS: dict[str, np.dtype[Any]] = {
     "loss_weights": np.dtype(np.float32),  # of each id as a target; 0 for the first of an example
     "sizes": np.dtype(np.int64),  # the number of ids of each example
     "files": np.dtype(np.int32),  # the file that each example came from, by its place among the source's files
-    "lines": np.dtype(np.int64),  # and the line
+    "lines": np.dtype(np.int64),  # and the line,
+    "elements": np.dtype(np.int32),  # and the element, where the file is one JSON array
     "hashes": np.dtype(np.uint64),  # of each example's ids
 }
 _LENGTH, _CHECKSUM = struct.Struct("<Q"), struct.Struct("<I")

@@ -36,8 +36,8 @@ from sft_jax.data.packing import (
     plan_epoch,
 )
 from sft_jax.data.rendering import Renderer, open_renderer
-from sft_jax.data.report import account_to_json, check_account
-from sft_jax.data.sources import resolve_files
+from sft_jax.data.report import account_to_json, check_account, list_not_read
+from sft_jax.data.sources import Found, NotRead, find_files
 from sft_jax.data.store import TokenStore, open_store
 from sft_jax.datatypes import ConfigError, DataError, HostBatch, Origin, PackedRow
 
@@ -69,13 +69,15 @@ def open_dataset(
         held-out example is trained on.
     """
     if not sources:
-        raise DataError("config.data: names no source to read. Add one: [dict(path='chats.jsonl')].")
+        raise DataError("config.data.train: names no source to read. Add one: [dict(path='chats.jsonl')].")
     factory = renderer_factory or functools.partial(open_renderer, config.data, config.model.path)
+    find_all = functools.partial(_find_files, config=config)
     open_all = functools.partial(_open_stores, config=config, renderer=renderer, renderer_factory=factory)
-    stores, overlap = open_all(sources), config.data.eval_overlap
+    found, overlap = find_all(sources), config.data.eval_overlap
+    stores = open_all(sources, found)
     taken = [np.ones(len(store), bool) for store in stores]
     if held_out and overlap != "keep":
-        held_out_stores = open_all(held_out)
+        held_out_stores = open_all(held_out, find_all(held_out))
         if overlap == "error":
             refuse_overlap(
                 stores, {_field_of(source, config): s for source, s in zip(held_out, held_out_stores, strict=True)}
@@ -84,6 +86,7 @@ def open_dataset(
     return PackedDataset(
         stores,
         taken,
+        [of_source.not_read for of_source in found],
         sources,
         config,
         batch_size=batch_size,
@@ -93,19 +96,26 @@ def open_dataset(
     )
 
 
+def _find_files(sources: Sequence[SourceConfig], config: Config) -> list[Found]:
+    return [find_files(source.path, f"{_field_of(source, config)}.path") for source in sources]
+
+
 def _open_stores(
-    sources: Sequence[SourceConfig], config: Config, renderer: Renderer, renderer_factory: Callable[[], Renderer]
+    sources: Sequence[SourceConfig],
+    found: Sequence[Found],
+    config: Config,
+    renderer: Renderer,
+    renderer_factory: Callable[[], Renderer],
 ) -> list[TokenStore]:
     """The stores of all sources, their accounts checked together."""
-    files = [resolve_files(source.path, f"{_field_of(source, config)}.path") for source in sources]
     stores = [
-        open_store(source, of_source, config.data, renderer, renderer_factory)
-        for source, of_source in zip(sources, files, strict=True)
+        open_store(source, of_source.files, config.data, renderer, renderer_factory)
+        for source, of_source in zip(sources, found, strict=True)
     ]
     errors = []
-    for store in stores:
+    for source, store in zip(sources, stores, strict=True):
         try:
-            check_account(store.account, store.path, config.data.max_bad_fraction)
+            check_account(store.account, store.path, config.data.max_bad_fraction, _field_of(source, config))
         except DataError as error:
             errors.append(str(error))
     if errors:
@@ -118,12 +128,14 @@ class PackedDataset:
 
     Args:
       taken: for each store, which of its examples are trained on.
+      not_read: for each, what lies beside its files; for the report.
     """
 
     def __init__(
         self,
         stores: Sequence[TokenStore],
         taken: Sequence[np.ndarray],
+        not_read: Sequence[Sequence[NotRead]],
         sources: Sequence[SourceConfig],
         config: Config,
         *,
@@ -134,6 +146,7 @@ class PackedDataset:
     ):
         self.source_names = tuple(source_name(source) for source in sources)
         self._stores, self._taken, self._sources = tuple(stores), tuple(taken), tuple(sources)
+        self._not_read = tuple(not_read)
         self._starts = np.cumsum([0, *map(len, stores)])  # example ids of source s: [starts[s], starts[s + 1])
         self._lengths = np.concatenate([store.lengths for store in stores])
         weights = np.array([source.loss_weight for source in sources], np.float32)
@@ -241,6 +254,8 @@ class PackedDataset:
         return {
             "path": store.path,
             "store": str(store.folder),
+            "files_read": len(store.files),
+            "files_not_read": list_not_read(self._not_read[index]),
             "examples_held_out": int((~self._taken[index]).sum()),
             "examples_per_epoch": self._mixture.count(index, 0),
             **account_to_json(store.account),

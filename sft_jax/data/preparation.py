@@ -43,7 +43,8 @@ class Recipe:
         renderer = self.open_renderer()
         if renderer.fingerprint() != self.renderer_fingerprint:
             raise DataError(
-                "config.data: tokenizer or chat template changed while the data were prepared. Start again."
+                "config.data.tokenizer or chat_template: changed while the data were prepared. Leave their files as "
+                "they are, and start again."
             )
         return renderer
 
@@ -81,6 +82,7 @@ def make_part(task: Task, source: SourceConfig, data: DataConfig, renderer: Rend
 
 def _make_part(task: Task, source: SourceConfig, data: DataConfig, renderer: Renderer) -> None:
     account, examples = Account(), _Examples()
+    kept: Counter[str] = Counter()
     dropped = {reason for reason, policy in data.policies.items() if policy == "drop"}
     dropped |= {"too_long"} if data.too_long != "error" else set()
     dropped |= {"unknown_token"} if data.unknown_tokens == "drop" else set()
@@ -90,8 +92,7 @@ def _make_part(task: Task, source: SourceConfig, data: DataConfig, renderer: Ren
             if (chunk.num_taken is not None and number >= chunk.num_taken) or not is_on_side(row, source):
                 account.rows_not_taken += 1
                 continue
-            renderer.counts.clear()
-            kept: Counter[str] = Counter()
+            kept.clear()
             try:
                 fit = _tokenize_row(row, chunk.format, source, data, renderer, kept)
             except RowError as error:
@@ -101,7 +102,7 @@ def _make_part(task: Task, source: SourceConfig, data: DataConfig, renderer: Ren
                 reasons.setdefault(error.reason, LostRows()).add(error)
                 continue
             ignored = ignored_fields(row, chunk.format, source.fields)
-            account.add_trained(fit, renderer.counts, kept, ignored)
+            account.add_trained(fit, kept, ignored)
             examples.append(fit.examples, chunk.file)
     renderer.refuse_clock()
     write_part(task.path, Part(task.span, task.files, account, examples.arrays()))
@@ -152,6 +153,7 @@ class _Examples:
     sizes: list[int] = field(default_factory=list)
     files: list[int] = field(default_factory=list)
     lines: list[int] = field(default_factory=list)
+    elements: list[int] = field(default_factory=list)
 
     def append(self, examples: Sequence[TokenizedExample], file: int) -> None:
         for example in examples:
@@ -160,6 +162,7 @@ class _Examples:
             self.sizes.append(len(example.inputs) + 1)
             self.files.append(file)
             self.lines.append(example.origin.line)
+            self.elements.append(example.origin.element)
 
     def arrays(self) -> dict[str, Any]:
         ids, sizes = np.concatenate([np.empty(0, np.int32), *self.ids]), np.array(self.sizes, np.int64)
@@ -169,5 +172,6 @@ class _Examples:
             "sizes": sizes,
             "files": np.array(self.files, np.int32),
             "lines": np.array(self.lines, np.int64),
+            "elements": np.array(self.elements, np.int32),
             "hashes": hash_examples(ids, sizes),
         }

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 
 from sft_jax.data.preview import Segment, glyphs_of, runs_of, segments_of
-from sft_jax.data.report_table import LOST_TO_LENGTH, balance, length_range
+from sft_jax.data.report_table import HELD_OUT, LOST_TO_LENGTH, balance, length_range, list_first
 from sft_jax.data.tokenizer import Tokenizer
 from sft_jax.datatypes import PackedRow
 
@@ -109,15 +109,18 @@ def _source_table(sources: dict[str, dict[str, Any]]) -> Iterator[str]:
 
 def _source_notes(source: dict[str, Any]) -> Iterator[tuple[str, int, list[str]]]:
     """(what, how many, what there is to say of it) of all else that was counted."""
+    for reason, paths in source["files_not_read"].items():
+        yield "files not read", paths["count"], [f"{reason}: {list_first(paths)}"]
     for kind in ("bad", "dropped"):
         for reason, lost in source[kind].items():
             yield f"{kind}: {reason}", lost["count"], [f"{row['origin']}: {row['message']}" for row in lost["first"]]
+    if source["examples_held_out"]:
+        yield "examples held out", source["examples_held_out"], [HELD_OUT]
     for name in LOST_TO_LENGTH:
         if source[name]:
             yield name.replace("_", " "), source[name], ["by config.data.too_long"]
     for name, count in source["rendering"].items():
-        if name != "turns":
-            yield name.replace("_", " "), count, ["counted by the renderer"]
+        yield name.replace("_", " "), count, ["counted by the renderer"]
     for name, count in source["ignored_fields"].items():
         yield f"field {name}", count, ["rows have it; it is not read"]
 

@@ -14,10 +14,10 @@ rewrites history, or answer and template text would merge into other tokens), th
 Control ids come from the template only: look-alikes in content are disguised before rendering, and encoded as text.
 """
 
-import collections
 import dataclasses
 import hashlib
 import json
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
@@ -27,10 +27,16 @@ import numpy as np
 from sft_jax.config_schema import DataConfig
 from sft_jax.data.disguise import Disguise, disguise_conversation, texts_of
 from sft_jax.data.errors import RowError
-from sft_jax.data.example_builder import ExampleBuilder, Parts, join_parts, split_reasoning
+from sft_jax.data.example_builder import (
+    ExampleBuilder,
+    Parts,
+    RenderedRow,
+    join_parts,
+    split_reasoning,
+)
 from sft_jax.data.template_probe import check_reasoning_is_chosen, probe_template
 from sft_jax.data.templates import ChatTemplate, TemplateError, load_template
-from sft_jax.data.tokenizer import Tokenizer, load_tokenizer
+from sft_jax.data.tokenizer import KnownTexts, Tokenizer, load_tokenizer
 from sft_jax.data.turns import Turn, render_turns
 from sft_jax.datatypes import ConfigError, Conversation, Document, Message, Origin, TokenizedExample
 
@@ -67,11 +73,23 @@ def open_renderer(data: DataConfig, model_path: str) -> "Renderer":
     return renderer
 
 
-class RenderedExample(NamedTuple):
-    """An example, and the numbers of the messages whose turns it supervises; none for a document."""
+class _Step(NamedTuple):
+    """A turn that is to be appended to an example."""
 
-    example: TokenizedExample
-    turns: tuple[int, ...]
+    number: int  # of its message
+    turn: Turn
+    weight: float
+    prompt_weight: float
+    is_last: bool
+
+
+class _Row(NamedTuple):
+    """What the rendering of one row shares."""
+
+    origin: Origin
+    counts: Counter[str]
+    disguise: Disguise | None = None
+    known: KnownTexts | None = None  # where several examples tell the row's history
 
 
 class Renderer:
@@ -80,9 +98,6 @@ class Renderer:
     Attributes:
       facts: what the probes of the template showed.
       stop_ids: ids that end an assistant turn; without a template, EOS.
-      counts: over all rows so far: `turns` supervised; `expanded`: turns that became examples of their own;
-        `reasoning_split`: contents that opened with the template's reasoning marks; `control_text`: conversations with
-        text that a server which parses control tokens in text would feed differently; `unknown_tokens`: kept.
     """
 
     def __init__(self, tokenizer: Tokenizer, template: ChatTemplate, options: RenderOptions = _DEFAULTS):
@@ -95,7 +110,6 @@ class Renderer:
         self.tokenizer = tokenizer
         self.template = template
         self.options = options
-        self.counts: collections.Counter[str] = collections.Counter()
         self.facts = probe_template(tokenizer, template, options.stop_token)
         stops = dict.fromkeys((self.facts.stop.text, self.facts.call_stop))
         self.stop_ids: tuple[int, ...] = tuple(i for i in map(tokenizer.token_id, stops) if i is not None)
@@ -131,16 +145,16 @@ class Renderer:
 
     def prompt_ids(self, messages: Sequence[Message], tools: Sequence[dict[str, Any]] = ()) -> list[int]:
         """What inference feeds before an assistant turn that follows `messages`."""
-        asked = self._split_reasoning(Conversation(tuple(messages), Origin("", 0), tuple(tools)))
+        asked, _ = self._split_reasoning(Conversation(tuple(messages), Origin("", 0), tuple(tools)))
         asked, disguise = disguise_conversation(asked, self.tokenizer.control, self.template.text)
         prompt = self.template.render(asked.messages, add_generation_prompt=True, tools=asked.tools)
         return self.tokenizer.encode_parts(self._split(prompt, disguise))
 
     def render(self, row: Conversation | Document) -> list[TokenizedExample]:
-        """The examples of `render_with_turns`, alone."""
-        return [rendered.example for rendered in self.render_with_turns(row)]
+        """The examples of `render_row`, alone."""
+        return [rendered.example for rendered in self.render_row(row).examples]
 
-    def render_with_turns(self, row: Conversation | Document) -> list[RenderedExample]:
+    def render_row(self, row: Conversation | Document) -> RenderedRow:
         """The examples of a row: one, or more where turns cannot share one.
 
         Raises:
@@ -150,13 +164,13 @@ class Renderer:
           ConfigError: a conversation, and there is no template; a document, and the tokenizer has no EOS.
         """
         if isinstance(row, Document):
-            return [RenderedExample(self._render_document(row), ())]
+            return self._render_document(row)
         try:
             return self._render_conversation(row)
         except TemplateError as error:
             raise RowError("template", row.origin, f"{error.what}. Fix the row, or choose another template.") from error
 
-    def _render_document(self, document: Document) -> TokenizedExample:
+    def _render_document(self, document: Document) -> RenderedRow:
         """`[BOS] text EOS`, all of it supervised except the first id, which nothing predicts."""
         tokenizer = self.tokenizer
         eos_id = tokenizer.token_id(tokenizer.eos_token)
@@ -167,22 +181,25 @@ class Renderer:
             )
         bos_id = tokenizer.token_id(tokenizer.bos_token) if tokenizer.adds_bos else None
         (text_ids,) = tokenizer.encode_each([document.text])
-        self._check_unknown([document.text], [text_ids], document.origin)
+        row = _Row(document.origin, Counter())
+        self._check_unknown([document.text], [text_ids], row)
         example = ExampleBuilder()
         bos_ids, eos_ids = np.array([] if bos_id is None else [bos_id], np.int32), np.array([eos_id], np.int32)
         example.append([bos_ids, text_ids, eos_ids], weight=1.0)
-        return example.finish(document.origin, self.options.averaging)
+        return RenderedRow([example.finish(document.origin, self.options.averaging)], row.counts)
 
-    def _render_conversation(self, conversation: Conversation) -> list[RenderedExample]:
-        origin = conversation.origin
+    def _render_conversation(self, conversation: Conversation) -> RenderedRow:
         weights = self._turn_weights(conversation)
-        conversation = self._split_reasoning(conversation)
+        counts: Counter[str] = Counter()
+        conversation, num_split = self._split_reasoning(conversation)
+        if num_split:
+            counts["reasoning_split"] = num_split
         shown, disguise = disguise_conversation(conversation, self.tokenizer.control, self.template.text)
         if disguise and any(map(self.tokenizer.control.holds, texts_of(conversation))):
-            self.counts["control_text"] += 1
-        turns = render_turns(self.template, self.facts, shown.messages, shown.tools, list(weights), origin)
+            counts["control_text"] = 1
+        row = _Row(conversation.origin, counts, disguise)
+        turns = render_turns(self.template, self.facts, shown.messages, shown.tools, list(weights), row.origin)
         examples: list[ExampleBuilder] = []
-        turns_of: list[list[int]] = []  # each example
         read = 0  # messages that stand in the examples so far
         for (i, weight), turn in zip(weights.items(), turns, strict=True):
             prompt_weight = self.options.prompt_loss_weight
@@ -191,23 +208,20 @@ class Renderer:
             if examples and examples[-1].leads_to(turn.prompt):
                 example = examples[-1]
             else:
+                if len(examples) == 1:
+                    row = row._replace(known={})
                 example = ExampleBuilder()
                 prompt_weight *= not examples  # the first example has had these messages
                 examples.append(example)
-                turns_of.append([])
-            turns_of[-1].append(i)
-            self._append_turn(example, turn, weight, prompt_weight, disguise, origin, is_last=turn is turns[-1])
+            self._append_turn(example, _Step(i, turn, weight, prompt_weight, is_last=turn is turns[-1]), row)
             read = i + 1
         for example in examples:
             if example.epilogue:
                 after_stop = self._split(example.stop + example.epilogue, disguise)
                 example.append(self.tokenizer.encode_each(after_stop)[1:], weight=0.0)
-        self.counts["turns"] += len(turns)
-        self.counts["expanded"] += len(examples) - 1
-        return [
-            RenderedExample(example.finish(origin, self.options.averaging), tuple(own))
-            for example, own in zip(examples, turns_of, strict=True)
-        ]
+        if len(examples) > 1:
+            counts["expanded"] = len(examples) - 1
+        return RenderedRow([example.finish(row.origin, self.options.averaging) for example in examples], counts)
 
     def _turn_weights(self, conversation: Conversation) -> dict[int, float]:
         """Number of each assistant message that is trained, ascending -> its weight, above 0."""
@@ -225,43 +239,37 @@ class Renderer:
             raise RowError("nothing_supervised", conversation.origin, f"{what}. Give one a weight, or remove the row.")
         return weights
 
-    def _split_reasoning(self, conversation: Conversation) -> Conversation:
-        """Assistant contents that open with the template's own marks, cut into reasoning and content: written out as
-        text, the marks would be text, and not what the model must write."""
+    def _split_reasoning(self, conversation: Conversation) -> tuple[Conversation, int]:
+        """Assistant contents that open with the template's own marks, cut into reasoning and content, and how many they
+        are: written out as text, the marks would be text, and not what the model must write."""
         marks = self.facts.reasoning
         if marks is None or not any(marks.opens in message.content for message in conversation.messages):
-            return conversation
-        messages = list(conversation.messages)
+            return conversation, 0
+        messages, num_split = list(conversation.messages), 0
         for i, message in enumerate(messages):
             head, opens, rest = message.content.partition(marks.opens)
             reasoning, closes, content = rest.partition(marks.closes)
             if message.role == "assistant" and opens and closes and not head.strip() and not message.reasoning:
                 messages[i] = replace(message, reasoning=reasoning.strip(), content=content.lstrip())
-                self.counts["reasoning_split"] += 1
-        return replace(conversation, messages=tuple(messages))
+                num_split += 1
+        return replace(conversation, messages=tuple(messages)), num_split
 
-    def _append_turn(
-        self,
-        example: ExampleBuilder,
-        turn: Turn,
-        weight: float,
-        prompt_weight: float,
-        disguise: Disguise | None,
-        origin: Origin,
-        is_last: bool,
-    ) -> None:
+    def _append_turn(self, example: ExampleBuilder, step: _Step, row: _Row) -> None:
         """The example grows by a turn and what stands before it."""
-        # Encode only what lies beyond the ids so far. Their last is a control token, where every text is cut.
+        turn, disguise = step.turn, row.disguise
+        # Encode only what lies beyond the ids so far. Their last is the stop token, where every text is cut.
         beyond = turn.prompt[example.stop_at :]
         prompt_parts = self._split(beyond, disguise)
-        is_written = self.facts.stop.is_written
-        parts = self._split(turn.completion, disguise) + ([] if is_written else [self.stop_ids[0]])
-        shares = not is_last and self._split(beyond + turn.completion, disguise) == join_parts(prompt_parts, parts)
-        prompt_ids, ids, shares = self._encode_turn(prompt_parts, parts, shares)
-        self._check_unknown(prompt_parts, prompt_ids, origin)
-        self._check_unknown(parts, ids, origin)
+        parts = self._split(turn.completion, disguise) + ([] if turn.stop else [self.stop_ids[0]])
+        # A stop token that the template does not write stands in no later prompt.
+        shares = not step.is_last and bool(turn.stop)
+        shares = shares and self._split(beyond + turn.completion, disguise) == join_parts(prompt_parts, parts)
+        prompt_ids, ids, shares = self._encode_turn(prompt_parts, parts, shares, row.known)
+        self._check_unknown(prompt_parts, prompt_ids, row)
+        self._check_unknown(parts, ids, row)
 
-        example.append(prompt_ids[1:] if example.ids else prompt_ids, prompt_weight)
+        example.append(prompt_ids[1:] if example.ids else prompt_ids, step.prompt_weight)
+        num_before = len(example.ids)
         if turn.message.reasoning and not self.options.train_reasoning:
             reasoning = disguise.reveal(turn.message.reasoning) if disguise else turn.message.reasoning
             marks = self.facts.reasoning
@@ -269,16 +277,16 @@ class Renderer:
             if not any(is_reasoning for _, is_reasoning in runs):
                 what = f"chat template {self.template.name} writes reasoning so that it cannot be told from the answer"
                 raise RowError(
-                    "template", origin, f"{what}. Set config.data.train_reasoning = True, or choose another."
+                    "template", row.origin, f"{what}. Set config.data.train_reasoning = True, or choose another."
                 )
             for run_ids, is_reasoning in runs:
-                example.append([run_ids], 0.0 if is_reasoning else weight)
+                example.append([run_ids], 0.0 if is_reasoning else step.weight)
         else:
-            example.append(ids, weight)
-        example.end_turn(turn, shares)
+            example.append(ids, step.weight)
+        example.end_turn(step.number, turn, num_before, shares)
 
     def _encode_turn(
-        self, prompt: Parts, completion: Parts, shares: bool
+        self, prompt: Parts, completion: Parts, shares: bool, known: KnownTexts | None
     ) -> tuple[list[np.ndarray], list[np.ndarray], bool]:
         """Ids of a prompt, ids of a completion as a continuation of it, and whether a later prompt has the same ids.
 
@@ -290,7 +298,7 @@ class Renderer:
           shares: whether the question arises; if not, the answer is no.
         """
         encode_each = self.tokenizer.encode_each
-        prompt_ids, ids = encode_each(prompt), encode_each(completion, continuation=bool(prompt))
+        prompt_ids, ids = encode_each(prompt, known=known), encode_each(completion, continuation=bool(prompt))
         if shares and prompt and isinstance(completion[0], str):
             if isinstance(prompt[-1], str):
                 joint = encode_each([*prompt[-2:-1], prompt[-1] + completion[0]])[-1]
@@ -308,7 +316,7 @@ class Renderer:
             parts = [disguise.reveal(part) if isinstance(part, str) else part for part in parts]
         return parts
 
-    def _check_unknown(self, parts: Sequence[int | str], ids: list[np.ndarray], origin: Origin) -> None:
+    def _check_unknown(self, parts: Sequence[int | str], ids: list[np.ndarray], row: _Row) -> None:
         unk_id = self.tokenizer.unk_id
         if self.tokenizer.model.expresses_all or not any(unk_id in part_ids for part_ids in ids):
             return
@@ -316,9 +324,9 @@ class Renderer:
             if not isinstance(part, str) or unk_id not in part_ids:
                 continue
             if self.options.unknown_tokens == "keep":
-                self.counts["unknown_tokens"] += int(np.count_nonzero(part_ids == unk_id))
+                row.counts["unknown_tokens"] += int(np.count_nonzero(part_ids == unk_id))
                 continue
             unknown = [c for c in dict.fromkeys(part) if unk_id in self.tokenizer.encode(c, continuation=True)]
             names = ", ".join(f"{c!r} (U+{ord(c):04X})" for c in unknown[:5]) or "a part of it"
             message = f"the tokenizer cannot express {names}. Fix the row, or set config.data.unknown_tokens."
-            raise RowError("unknown_token", origin, message)
+            raise RowError("unknown_token", row.origin, message)

@@ -17,6 +17,7 @@ from typing import Any
 import numpy as np
 
 from sft_jax.data.errors import RowError
+from sft_jax.data.source_files import NotRead
 from sft_jax.data.too_long import FitResult, Lost
 from sft_jax.datatypes import DataError, Origin
 
@@ -55,6 +56,8 @@ class Account:
     rows_not_taken: int = 0
     bad: dict[str, LostRows] = field(default_factory=dict)
     dropped: dict[str, LostRows] = field(default_factory=dict)
+    turns: int = 0
+    """Supervised turns in the examples, each through its stop token: `turns_lost` are not among them."""
     examples: int = 0
     lengths: dict[int, int] = field(default_factory=dict)
     """Power of two -> the number of examples of that many tokens or fewer, and more than half as many."""
@@ -69,24 +72,26 @@ class Account:
     tokens_lost: int = 0
     supervised_tokens_lost: int = 0
     rendering: dict[str, int] = field(default_factory=dict)
-    """What the renderer counted in the trained rows, by its names: see `Renderer.counts`."""
+    """What the renderer counted in the trained rows, before any was shortened: see `RenderedRow`."""
     kept: dict[str, int] = field(default_factory=dict)
     """Turns that a policy `keep` let pass, by reason."""
     ignored_fields: dict[str, int] = field(default_factory=dict)
     """Fields of rows that are not read, with the number of rows that have them."""
 
-    def add_trained(self, fit: FitResult, rendering: Counter[str], kept: Counter[str], ignored: Iterable[str]) -> None:
-        """Count a row; `rendering`: what the renderer counted, `kept`: turns let pass, `ignored`: fields not read."""
+    def add_trained(self, fit: FitResult, kept: Counter[str], ignored: Iterable[str]) -> None:
+        """Count a row; `kept`: turns let pass, `ignored`: fields not read."""
         self.rows_trained += 1
+        self.turns += fit.turns
         self.examples += len(fit.examples)
         for example in fit.examples:
             length = len(example)
             self.tokens += length
             self.supervised_tokens += int(np.count_nonzero(example.loss_weights))
             _add_counts(self.lengths, {1 << (length - 1).bit_length(): 1})
-        _add_counts(self.rendering, {name: rendering[name] for name in sorted(rendering) if rendering[name]})
+        _add_counts(self.rendering, fit.counts)
         _add_counts(self.kept, kept)
-        _add_counts(self.ignored_fields, dict.fromkeys(sorted(ignored), 1))
+        for name in sorted(ignored):
+            _add_counts(self.ignored_fields, {name: 1})
         if fit.is_changed:
             self.rows_shortened += 1
             self.add_lost(fit.lost)
@@ -124,14 +129,12 @@ class Account:
     def rows_dropped(self) -> int:
         return sum(lost.count for lost in self.dropped.values())
 
-    @property
-    def turns(self) -> int:
-        """Supervised turns of the trained rows, as the renderer counted them."""
-        return self.rendering.get("turns", 0)
 
-
-def check_account(account: Account, path: str, max_bad_fraction: float) -> None:
+def check_account(account: Account, path: str, max_bad_fraction: float, field: str) -> None:
     """Refuse a source with too many bad rows, or with nothing left to train on.
+
+    Args:
+      field: the config field of the source, such as `config.data.train[0]`.
 
     Raises:
       DataError: with each reason, its count, the first row of it and the places of the next ones.
@@ -140,20 +143,23 @@ def check_account(account: Account, path: str, max_bad_fraction: float) -> None:
     reasons = "\n".join(_explain(account.bad) + _explain(account.dropped))
     rows_taken = account.rows_read - account.rows_not_taken
     if not account.rows_read:
-        raise DataError(f"{path}: has no rows. Name a file with at least one, or remove the source.")
+        raise DataError(f"{field}.path: {path} has no rows. Name a file with at least one, or remove the source.")
     if not rows_taken:
         raise DataError(
-            f"{path}: none of its {account.rows_read:,} rows is taken. Take more by the source's split or max_rows, or "
-            "remove the source."
+            f"{field}: none of the {account.rows_read:,} rows of {path} is taken. Take more by its split, "
+            "held_out_fraction or max_rows, or remove the source."
         )
     if account.rows_bad / rows_taken > max_bad_fraction:
         raise DataError(
-            f"{path}: {account.rows_bad:,} of {rows_taken:,} rows are bad; config.data.max_bad_fraction allows "
-            f"{max_bad_fraction:.4g} of them.\n{reasons}\n"
+            f"{field}.path: {account.rows_bad:,} of {rows_taken:,} rows of {path} are bad; "
+            f"config.data.max_bad_fraction allows {max_bad_fraction:.4g} of them.\n{reasons}\n"
             "Mend the rows, or raise config.data.max_bad_fraction to have them dropped and counted."
         )
     if not account.rows_trained:
-        raise DataError(f"{path}: none of its {rows_taken:,} rows can be trained on.\n{reasons}")
+        raise DataError(
+            f"{field}.path: none of the {rows_taken:,} rows of {path} can be trained on.\n{reasons}\n"
+            "Mend the rows, or remove the source."
+        )
 
 
 def account_to_json(account: Account) -> dict[str, Any]:
@@ -175,11 +181,21 @@ def account_to_json(account: Account) -> dict[str, Any]:
     return vars(account) | {
         "rows_bad": account.rows_bad,
         "rows_dropped": account.rows_dropped,
-        "turns": account.turns,
         "lengths": {str(length): account.lengths[length] for length in sorted(account.lengths)},
         "bad": lost_rows(account.bad),
         "dropped": lost_rows(account.dropped),
     }
+
+
+def list_not_read(not_read: Iterable[NotRead]) -> dict[str, Any]:
+    """What lies beside the files of a source as it stands in data_report.json: by reason, the count and the first."""
+    listed: dict[str, Any] = {}
+    for path, reason in not_read:
+        entry = listed.setdefault(reason, {"count": 0, "first": []})
+        entry["count"] += 1
+        if entry["count"] <= NUM_SHOWN:
+            entry["first"].append(path)
+    return listed
 
 
 def _add_counts(total: dict[Any, int], counts: Mapping[Any, int]) -> None:

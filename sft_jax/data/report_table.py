@@ -10,6 +10,7 @@ Line = tuple[str, str, str]
 """What is counted, how many, and what there is to say of it."""
 
 LOST_TO_LENGTH = ("rows_shortened", "turns_lost", "tokens_lost", "supervised_tokens_lost")
+HELD_OUT = "not trained on, as they are held out too, by config.data.eval_overlap"
 _BAR_WIDTH = 24
 
 
@@ -36,6 +37,9 @@ def _add_line(table: Table, line: Line) -> None:
 
 
 def _source_lines(source: dict[str, Any]) -> Iterator[Line]:
+    yield "files read", f"{source['files_read']:,}", ""
+    for reason, paths in source["files_not_read"].items():
+        yield "  not read", f"{paths['count']:,}", f"{reason}: {list_first(paths)}"
     yield "rows read", f"{source['rows_read']:,}", balance(source)
     yield "  trained", f"{source['rows_trained']:,}", ""
     for kind in ("bad", "dropped"):
@@ -43,16 +47,19 @@ def _source_lines(source: dict[str, Any]) -> Iterator[Line]:
             yield f"  {kind}: {reason}", f"{lost['count']:,}", ", ".join(row["origin"] for row in lost["first"])
     if source["rows_not_taken"]:
         yield "  not taken", f"{source['rows_not_taken']:,}", "of another split, or beyond max_rows"
-    for what in ("turns", "examples", "tokens"):
+    for what in ("turns", "tokens"):
         yield what, f"{source[what]:,}", ""
     share = source["supervised_tokens"] / max(source["tokens"], 1)
     yield "supervised tokens", f"{source['supervised_tokens']:,}", f"{share:.1%}"
+    yield "examples", f"{source['examples']:,}", ""
+    if source["examples_held_out"]:
+        yield "  held out", f"{source['examples_held_out']:,}", HELD_OUT
+    yield "  in an epoch", f"{source['examples_per_epoch']:,}", ""
     for name in LOST_TO_LENGTH:
         if source[name]:
             yield name.replace("_", " "), f"{source[name]:,}", "by config.data.too_long"
     for name, count in source["rendering"].items():
-        if name != "turns":
-            yield f"rendering: {name.replace('_', ' ')}", f"{count:,}", ""
+        yield f"rendering: {name.replace('_', ' ')}", f"{count:,}", ""
     for reason, count in source["kept"].items():
         yield f"kept: {reason}", f"{count:,}", "turns, by config.data.policies"
     for name, count in source["ignored_fields"].items():
@@ -64,6 +71,9 @@ def _source_lines(source: dict[str, Any]) -> Iterator[Line]:
 
 def _total_lines(report: dict[str, Any]) -> Iterator[Line]:
     yield "examples", f"{report['examples']:,}", ""
+    if report["examples_held_out"]:
+        yield "  held out", f"{report['examples_held_out']:,}", HELD_OUT
+    yield "  in an epoch", f"{report['examples_per_epoch']:,}", ""
     yield "tokens", f"{report['tokens']:,}", ""
     yield "supervised tokens", f"{report['supervised_tokens']:,}", f"{report['supervised_fraction']:.1%}"
     rows = f"of {report['max_seq_len']:,} tokens, {report['fill_fraction']:.1%} full"
@@ -76,6 +86,11 @@ def balance(source: dict[str, Any]) -> str:
     """The sum that every account keeps to."""
     names = {"rows_trained": "trained", "rows_bad": "bad", "rows_dropped": "dropped", "rows_not_taken": "not taken"}
     return "= " + " + ".join(f"{source[name]:,} {what}" for name, what in names.items())
+
+
+def list_first(lost: dict[str, Any]) -> str:
+    """The first of a reason, as the report has them."""
+    return ", ".join(lost["first"]) + (", ..." if lost["count"] > len(lost["first"]) else "")
 
 
 def length_range(up_to: str) -> str:

@@ -49,7 +49,8 @@ def parse_sentencepiece(content: bytes, origin: str) -> Any:
     if not proto.pieces:
         raise DataError(f"{origin}: is a sentencepiece model without pieces. Fetch it again.")
     if proto.trainer_spec.treat_whitespace_as_suffix:
-        raise DataError(f"{origin}: marks words by a suffix (treat_whitespace_as_suffix), which is not supported.")
+        what = "marks words by a suffix (treat_whitespace_as_suffix), which is not supported"
+        raise DataError(f"{origin}: {what}. Use the same model's tokenizer.json, if it has one.")
     return proto
 
 
@@ -104,7 +105,7 @@ class SentencePieceModel:
         self.expresses_all = bool(running.trainer_spec.byte_fallback and num_bytes == 256)
         self._words: Words | None = None
         if self.expresses_all and not self._changes_text:
-            self._words = open_words(running, self._encode_continued)
+            self._words = open_words(running, self._continued.encode)
 
     def special_tokens(self) -> dict[str, str]:
         """Role -> text, as the file declares them."""

@@ -1,18 +1,16 @@
-"""What a config names as a source in, the files to read out: sorted, each once, each of a kind that can be read."""
+"""What a config names as a source in, the files to read out: sorted, each once, each of a kind that can be read; and
+with them whatever else lies there and is not read, with the reason."""
 
 import difflib
 import glob
 import json
-import logging
 import os
 import posixpath
 from collections.abc import Iterable
-from typing import Any
+from typing import Any, NamedTuple
 
 from sft_jax.data.stored_files import is_url, open_filesystem
 from sft_jax.datatypes import DataError
-
-logger = logging.getLogger(__name__)
 
 _COMPRESSIONS = ("", ".gz", ".zst")
 _ENDINGS: dict[str, str] = {
@@ -25,6 +23,11 @@ _EXPECTED = ".jsonl, .ndjson or .json (also with .gz or .zst), .parquet or .arro
 # What `datasets` writes beside its tables.
 _STATE, _INFO, _SPLITS = "state.json", "dataset_info.json", "dataset_dict.json"
 _NOT_ROWS = frozenset({_STATE, _INFO, _SPLITS, "dataset_infos.json"})
+_HIDDEN = "hidden: the name begins with a dot"
+_LINKED = "a link to a folder, which is not followed"
+_OTHER_KIND = "of a kind that is not read"
+_NOTE = "a note of `datasets` beside its tables"
+_LEFT_OVER = f"not among the tables that {_STATE} names"
 
 
 def file_kind(path: str) -> str:
@@ -33,8 +36,27 @@ def file_kind(path: str) -> str:
     return next((kind for ending, kind in _ENDINGS.items() if lowered.endswith(ending)), "")
 
 
+class NotRead(NamedTuple):
+    """A file or folder of a source that is passed over."""
+
+    path: str
+    reason: str
+
+
+class Found(NamedTuple):
+    """What a source's path stands for."""
+
+    files: list[str]
+    not_read: list[NotRead]
+
+
 def resolve_files(path: str, field: str) -> list[str]:
-    """The files of a source, sorted.
+    """The files of `find_files`, alone."""
+    return find_files(path, field).files
+
+
+def find_files(path: str, field: str) -> Found:
+    """The files of a source, sorted, and what else lies in its folders.
 
     Args:
       path: a file; a folder, of which every readable file is taken, at any depth; a folder written by `save_to_disk` of
@@ -59,52 +81,60 @@ def resolve_files(path: str, field: str) -> list[str]:
         raise DataError(f"{field}: {path!r} cannot be read: {error}. Check the URL and your access to it.") from error
 
 
-def _resolve(place: "_Disk | _Remote", path: str, field: str) -> list[str]:
+def _resolve(place: "_Disk | _Remote", path: str, field: str) -> Found:
     if place.is_file(path):
         if not file_kind(path):
             raise DataError(f"{field}: {path!r} has an unknown ending; expected {_EXPECTED}. Convert or rename it.")
-        return [path]
+        return Found([path], [])
+    passed: list[NotRead] = []
     if place.is_folder(path):
-        found, kind = place.walk(path), "folder"
+        found, kind = place.walk(path, passed), "folder"
     elif glob.has_magic(path):
         found, kind = [], "pattern"
         for match in place.match(path):
-            found.extend(place.walk(match) if place.is_folder(match) else [match])
-        if not found:
+            found.extend(place.walk(match, passed) if place.is_folder(match) else [match])
+        if not found and not passed:
             raise DataError(f"{field}: {path!r} matches nothing. {_near_matches(place, path)}")
     else:
         raise DataError(f"{field}: {path!r} is not there. {_near_matches(place, path)}")
-    files = _choose(place, sorted(set(found)), field)
+    files = _choose(place, sorted(set(found)), passed, field)
     if not files:
         endings = sorted({os.path.splitext(name)[1] or os.path.basename(name) for name in found})
         what = f"holds only {', '.join(endings[:5])}" if endings else "is empty"
+        if passed and not endings:
+            what = f"holds nothing to read: {passed[0].path!r} is {passed[0].reason}"
         raise DataError(f"{field}: the {kind} {path!r} {what}; expected files that end in {_EXPECTED}. Name another.")
-    return files
+    return Found(files, sorted(set(passed)))
 
 
-def _choose(place: "_Disk | _Remote", found: list[str], field: str) -> list[str]:
-    """The files to read of those found: not what `datasets` notes beside its tables, and not what cannot be read."""
+def _choose(place: "_Disk | _Remote", found: list[str], passed: list[NotRead], field: str) -> list[str]:
+    """The files to read of those found. What is not goes to `passed`: what `datasets` notes beside its tables, and what
+    cannot be read."""
     by_folder: dict[str, list[str]] = {}
     for path in found:
         by_folder.setdefault(posixpath.dirname(path), []).append(path)
     files: list[str] = []
-    skipped: list[str] = []
     for folder, paths in by_folder.items():
         names = {posixpath.basename(path): path for path in paths}
         if _SPLITS in names:
             splits = ", ".join(place.read_json(names[_SPLITS]).get("splits", []))
             raise DataError(f"{field}: {folder!r} holds the splits {splits}. Name the folder of one of them.")
         if _STATE in names and _INFO in names:
-            files += _read_state(place, folder, names, field)
+            tables = _read_state(place, folder, names, field)
+            files += tables
+            for name, path in names.items():
+                if path not in tables:
+                    passed.append(NotRead(path, _NOTE if name in _NOT_ROWS else _LEFT_OVER))
             continue
         has_tables = any(name.lower().endswith((".arrow", ".parquet")) for name in names)
         for name, path in names.items():
             if has_tables and name in _NOT_ROWS:
-                continue
-            (files if file_kind(name) else skipped).append(path)
+                passed.append(NotRead(path, _NOTE))
+            elif file_kind(name):
+                files.append(path)
+            else:
+                passed.append(NotRead(path, _OTHER_KIND))
     _refuse_twice(files, field)
-    if files and skipped:
-        logger.info("%s: %d files of other kinds are not read, such as %s", field, len(skipped), skipped[0])
     return sorted(files)
 
 
@@ -157,12 +187,20 @@ class _Disk:
     is_folder = staticmethod(os.path.isdir)
 
     @staticmethod
-    def walk(folder: str) -> list[str]:
-        """Every file at any depth, without hidden ones."""
+    def walk(folder: str, passed: list[NotRead]) -> list[str]:
+        """Every file at any depth; those that are hidden, and folders that are hidden or linked, go to `passed`."""
         found = []
         for parent, folders, names in os.walk(folder, onerror=_raise):
+            for name in [*folders, *names]:
+                path = os.path.join(parent, name)
+                if name.startswith("."):
+                    passed.append(NotRead(path, _HIDDEN))
+                elif os.path.isdir(path):
+                    if os.path.islink(path):
+                        passed.append(NotRead(path, _LINKED))
+                else:
+                    found.append(path)
             folders[:] = [name for name in folders if not name.startswith(".")]
-            found += [os.path.join(parent, name) for name in names if not name.startswith(".")]
         return found
 
     @staticmethod
@@ -186,7 +224,8 @@ class _Remote:
         try:
             self._filesystem, _ = open_filesystem(url)
         except ImportError as error:
-            raise DataError(f"{field}: {url!r} needs a package that is not installed: {error}.") from error
+            what = f"{url!r} needs a package that is not installed: {error}"
+            raise DataError(f"{field}: {what}. Install it, or copy the files to a folder here.") from error
         except ValueError as error:
             raise DataError(f"{field}: {url!r} cannot be opened: {error}. Check the URL.") from error
 
@@ -196,10 +235,16 @@ class _Remote:
     def is_folder(self, url: str) -> bool:
         return self._filesystem.isdir(url)
 
-    def walk(self, url: str) -> list[str]:
+    def walk(self, url: str, passed: list[NotRead]) -> list[str]:
         root = self._filesystem._strip_protocol(url).rstrip("/")
-        found = [path for path in self._filesystem.find(root) if "/." not in path[len(root) :]]
-        return [self._filesystem.unstrip_protocol(path) for path in found]
+        found = []
+        for path in self._filesystem.find(root):
+            full = self._filesystem.unstrip_protocol(path)
+            if "/." in path[len(root) :]:
+                passed.append(NotRead(full, _HIDDEN))
+            else:
+                found.append(full)
+        return found
 
     def match(self, url: str) -> list[str]:
         found = [path for path in self._filesystem.glob(url) if not posixpath.basename(path).startswith(".")]

@@ -17,11 +17,21 @@ import msgspec
 from sft_jax.data.columnar import ColumnChunk, read_columns
 from sft_jax.data.json_array import ElementChunk, split_array
 from sft_jax.data.json_rows import BYTE_ORDER_MARK, BadChunk, BadRow, LineChunk, split_lines
-from sft_jax.data.source_files import file_kind, resolve_files
+from sft_jax.data.source_files import Found, NotRead, file_kind, find_files, resolve_files
 from sft_jax.data.stored_files import hash_file, read_text
 from sft_jax.datatypes import DataError, RawRow
 
-__all__ = ["BadRow", "RowChunk", "hash_file", "read_chunks", "read_rows", "resolve_files"]
+__all__ = [
+    "BadRow",
+    "Found",
+    "NotRead",
+    "RowChunk",
+    "find_files",
+    "hash_file",
+    "read_chunks",
+    "read_rows",
+    "resolve_files",
+]
 
 RowChunk = LineChunk | ElementChunk | ColumnChunk | BadChunk
 """Some rows of a file, unread: `chunk.rows()` reads them. Small to pickle."""

@@ -4,7 +4,8 @@
                               loss_weights.float32  of each id as a target; 0 for the first of an example
                               offsets.int64         example i is [offsets[i], offsets[i + 1])
                               files.int32           the file that example i came from, among the source's files
-                              lines.int64           and its line
+                              lines.int64           and its line,
+                              elements.int32        and its element, where the file is one JSON array
                               hashes.uint64         of each example's ids
                               meta.json             what the fingerprint was made of, the account of rows, checksums
 
@@ -13,6 +14,7 @@ is there whole or not at all. It is never changed: other input has another name.
 """
 
 import contextlib
+import errno
 import hashlib
 import json
 import os
@@ -37,12 +39,18 @@ from sft_jax.data.report import Account
 from sft_jax.data.sources import hash_file
 from sft_jax.datatypes import DataError, Origin, StorageError, TokenizedExample, shift
 
-STORE_VERSION = 5
+STORE_VERSION = 6
 """Raised whenever the same rows and options give other examples or another layout."""
 CHECKED_BYTES = 256 << 20
 """Arrays up to this size are held against their checksums whenever they are opened: 0.1 seconds at most. A larger one's
 size is checked."""
 _META_FILE = "meta.json"
+_MENDING = {
+    **dict.fromkeys((errno.ENOSPC, errno.EDQUOT), "Free space there"),
+    **dict.fromkeys((errno.EACCES, errno.EPERM), "Give yourself the permission to write there"),
+    errno.EROFS: "Mount it so that it can be written",
+    **dict.fromkeys((errno.EEXIST, errno.ENOTDIR), "Remove the file that is in the way"),
+}
 _ARRAYS = {name: dtype for name, dtype in ARRAYS.items() if name != "sizes"} | {"offsets": np.dtype(np.int64)}
 
 
@@ -66,7 +74,8 @@ class TokenStore:
         self.account = _relocate(meta.account, {str(i): file for i, file in enumerate(files)})
         self._checksums = meta.checksums
         self._ids, self._loss_weights, self._offsets = map(self._map, ("ids", "loss_weights", "offsets"))
-        self._files, self._lines, self.hashes = map(self._map, ("files", "lines", "hashes"))
+        self._files, self._lines, self._elements = map(self._map, ("files", "lines", "elements"))
+        self.hashes = self._map("hashes")
 
     def _map(self, name: str) -> np.ndarray:
         dtype = _ARRAYS[name]
@@ -103,7 +112,7 @@ class TokenStore:
         return [shift(ids[begin:end], weights[begin:end]) for begin, end in zip(begins, ends, strict=True)]
 
     def origin(self, index: int) -> Origin:
-        return Origin(self.files[self._files[index]], int(self._lines[index]))
+        return Origin(self.files[self._files[index]], int(self._lines[index]), int(self._elements[index]))
 
 
 def open_store(
@@ -132,10 +141,10 @@ def open_store(
         try:
             _make_store(folder, files, contents, fields, recipe, renderer)
         except OSError as error:  # of writing: the source's are DataErrors
-            raise StorageError(
-                f"config.data.store_dir: {store_dir} cannot be written: {error.strerror}. Free space there, or name "
-                "another folder."
-            ) from error
+            why = error.strerror or str(error) or type(error).__name__
+            first = _MENDING.get(error.errno or 0, "Look at what is there")
+            what = f"config.data.store_dir: {store_dir} cannot be written: {why}"
+            raise StorageError(f"{what}. {first}, or name another folder.") from error
     return TokenStore(folder, source.path, files)
 
 
@@ -229,7 +238,7 @@ def _file_name(name: str, dtype: np.dtype) -> str:
 def _relocate(account: Account, paths: Mapping[str, str]) -> Account:
     """The account with the files of its origins renamed. In a store they are numbers: files may move."""
     for lost in (*account.bad.values(), *account.dropped.values()):
-        lost.origins = [Origin(paths[origin.path], origin.line) for origin in lost.origins]
+        lost.origins = [origin._replace(path=paths[origin.path]) for origin in lost.origins]
     return account
 
 

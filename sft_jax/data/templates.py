@@ -20,7 +20,7 @@ import jinja2
 from sft_jax.data.jinja_program import JinjaProgram
 from sft_jax.data.jinja_sandbox import DEFAULT_LIMITS, CompileError, LimitError, Limits, RenderError, SandboxedProgram
 from sft_jax.data.tokenizer import Tokenizer
-from sft_jax.data.tokenizer_files import SPECIAL_ROLES
+from sft_jax.data.tokenizer_files import SPECIAL_ROLES, read_template_file
 from sft_jax.datatypes import ConfigError, DataError, Message, ToolCall
 
 BUILTIN_TEMPLATES = (
@@ -277,10 +277,7 @@ def _find_template(chat_template: str, tokenizer: Tokenizer, kwargs: Mapping[str
         close = difflib.get_close_matches(chat_template, BUILTIN_TEMPLATES, n=1)
         hint = f"Did you mean {close[0]}?" if close else f"Built in are {', '.join(BUILTIN_TEMPLATES)}."
         raise ConfigError(f"config.data.chat_template: {chat_template!r} is no file and no built-in template. {hint}")
-    try:
-        text = path.read_text(encoding="utf-8")
-    except UnicodeDecodeError as error:
-        raise ConfigError(f"config.data.chat_template: {chat_template} is not UTF-8: {error}. Name a text.") from error
+    text = read_template_file(path)
     if not text.strip():
         raise ConfigError(f"config.data.chat_template: {chat_template} is empty. Write a template into it.")
     return ChatTemplate(chat_template, text, tokenizer.special_tokens, kwargs)

@@ -34,6 +34,8 @@ _SHORT = 16  # characters
 _NOTHING = np.empty(0, np.int32)
 
 
+KnownTexts = dict[tuple[str, bool], np.ndarray]
+"""Text, and whether it goes on from other text -> its ids."""
 TextModel = SentencePieceModel | JsonModel
 """Text <-> ids without control tokens. The two have the same methods."""
 
@@ -102,11 +104,14 @@ class Tokenizer:
                 continuation = token_id not in self.restarting
         return "".join(out)
 
-    def encode_each(self, parts: Iterable[int | str], *, continuation: bool = False) -> list[np.ndarray]:
+    def encode_each(
+        self, parts: Iterable[int | str], *, continuation: bool = False, known: KnownTexts | None = None
+    ) -> list[np.ndarray]:
         """Ids, int32, of each part of a text that `control.split` has cut.
 
         Args:
           continuation: the first part goes on from what came before it.
+          known: looked into and added to, for texts that come again; nobody may change its arrays.
         """
         ids: list[np.ndarray] = []
         for part in parts:
@@ -115,6 +120,11 @@ class Tokenizer:
                 continuation = part not in self.restarting
             elif len(part) <= _SHORT:
                 ids.append(self._encode_short(part, continuation))
+            elif known is not None:
+                text_ids = known.get((part, continuation))
+                if text_ids is None:
+                    text_ids = known[part, continuation] = self.model.encode_array(part, continuation=continuation)
+                ids.append(text_ids)
             else:
                 ids.append(self.model.encode_array(part, continuation=continuation))
         return ids

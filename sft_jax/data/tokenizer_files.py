@@ -64,13 +64,13 @@ def read_tokenizer_files(path: str | Path) -> TokenizerFiles:
             "Name another folder, or convert what is there to tokenizer.json."
         )
     for file in models:
-        if not (files.spec and _is_tiktoken(file.read_bytes())):  # Llama-3's ranks beside the same in tokenizer.json
+        if not (files.spec and _is_tiktoken(_read_bytes(file))):  # Llama-3's ranks beside the same in tokenizer.json
             files = _add_model_file(files, file)
     return files
 
 
 def _add_model_file(files: TokenizerFiles, path: Path) -> TokenizerFiles:
-    content = path.read_bytes()
+    content = _read_bytes(path)
     if content.lstrip()[:1] == b"{":
         spec = _read_json(path)
         if "model" not in spec:
@@ -90,11 +90,19 @@ def _is_tiktoken(content: bytes) -> bool:
     return bool(_TIKTOKEN_LINE.match(content))
 
 
+def _read_bytes(path: Path) -> bytes:
+    try:
+        return path.read_bytes()
+    except OSError as error:
+        what = f"{path} cannot be read: {error.strerror}"
+        raise DataError(f"config.data.tokenizer: {what}. Check the path and its permissions.") from error
+
+
 def _read_json(path: Path) -> dict[str, Any]:
     if not path.is_file():
         return {}
     try:
-        value = json.loads(path.read_text(encoding="utf-8"))
+        value = json.loads(_read_bytes(path).decode())
     except ValueError as error:
         raise DataError(f"{path}: is not JSON: {error}. Fetch the file again.") from error
     if not isinstance(value, dict):
@@ -106,16 +114,31 @@ def _token_text(value: Any) -> str:
     return value["content"] if isinstance(value, dict) else value
 
 
+def read_template_file(path: Path) -> str:
+    """
+    Raises:
+      ConfigError: it cannot be read, or is no text.
+    """
+    try:
+        return path.read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        what = f"{path} is not UTF-8: {error}. Convert it, or name another file"
+        raise ConfigError(f"config.data.chat_template: {what}.") from error
+    except OSError as error:
+        what = f"{path} cannot be read: {error.strerror}. Check its permissions"
+        raise ConfigError(f"config.data.chat_template: {what}.") from error
+
+
 def _read_chat_template(path: Path, config: dict[str, Any]) -> str:
     if (path / "chat_template.jinja").is_file():
-        return (path / "chat_template.jinja").read_text(encoding="utf-8")
+        return read_template_file(path / "chat_template.jinja")
     template = config.get("chat_template") or ""
     if isinstance(template, list):  # several by name, as Command-R has
         named = {entry["name"]: entry["template"] for entry in template}
         if "default" not in named:
             raise ConfigError(
-                f"{path}: tokenizer_config.json has chat templates {', '.join(named)} and none named 'default'. "
-                "Save the one that is meant to a file and name it in config.data.chat_template."
+                f"config.data.chat_template: {path}/tokenizer_config.json has chat templates {', '.join(named)} and "
+                "none named 'default'. Save the one that is meant to a file, and name that here."
             )
         return named["default"]
     return template

@@ -17,6 +17,8 @@ Where a template makes several examples of a row, those that fit stay as they ar
 
 import bisect
 import dataclasses
+import itertools
+from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
@@ -24,6 +26,7 @@ from typing import NamedTuple
 import numpy as np
 
 from sft_jax.data.errors import RowError
+from sft_jax.data.example_builder import RenderedExample
 from sft_jax.data.rendering import Renderer
 from sft_jax.datatypes import Conversation, Document, Message, Origin, TokenizedExample
 
@@ -49,6 +52,8 @@ class Lost:
 
 
 _NOTHING_LOST = Lost()
+_FRAME = 20
+"""Characters that a template writes around a message, about."""
 
 
 class FitResult(NamedTuple):
@@ -56,6 +61,10 @@ class FitResult(NamedTuple):
     lost: Lost
     is_changed: bool
     """Whether a policy made them: they are not the rendering as it stands, even if nothing was lost."""
+    turns: int
+    """Supervised turns in the examples, each through its stop token."""
+    counts: Counter[str]
+    """Of the untouched rendering; see `RenderedRow`."""
 
 
 class OverLongError(RowError):
@@ -75,7 +84,7 @@ def fit_examples(
     supervise: str = "all",
     averaging: str = "token",
 ) -> FitResult:
-    """Render a row into examples that fit. `renderer.counts` grows by the counts of the untouched rendering alone.
+    """Render a row into examples that fit.
 
     Args:
       policy: `config.data.too_long`; the module's text has them.
@@ -84,11 +93,10 @@ def fit_examples(
       averaging: `config.data.averaging`; with `example`, an example that is cut keeps the sum of its weights.
 
     Raises:
-      OverLongError: `too_long`, nothing of the row fits; `nothing_supervised`, nothing supervised is left by
-        `truncate`.
+      OverLongError: `too_long`, nothing of the row fits; `nothing_supervised`, no answer's token is left by `truncate`.
       RowError: whatever the renderer finds; `nothing_supervised`, there was none to begin with.
     """
-    rendered = renderer.render_with_turns(row)
+    rendered, counts = renderer.render_row(row)
     examples = [one.example for one in rendered]
     longest = 0
     for example in examples:
@@ -99,10 +107,10 @@ def fit_examples(
     if not longest:
         # So every example has a supervised token, hence every row that is not padding, hence every batch.
         raise RowError("nothing_supervised", row.origin, "has no token to train on. Remove the row.")
+    num_turns = sum(len(one.turns) for one in rendered)
     if longest <= max_seq_len:
-        return FitResult(examples, _NOTHING_LOST, is_changed=False)
+        return FitResult(examples, _NOTHING_LOST, False, num_turns, counts)
 
-    stop_ids = renderer.stop_ids if isinstance(row, Conversation) else ()  # a document has no turns
     fitted, lost = [], Lost()
     if isinstance(row, Conversation) and policy in ("drop_early_turns", "split_turns"):
         parts = _parts_of(_pin_weights(row, supervise), [one.turns for one in rendered], renderer)
@@ -113,22 +121,21 @@ def fit_examples(
             fitted += kept
             lost += gone
     elif policy in ("split_turns", "truncate"):
-        for example in examples:
+        for one in rendered:
+            example = one.example
             starts = range(0, len(example), max_seq_len) if policy == "split_turns" else [0]
             pieces = [_cut(example, start, start + max_seq_len, averaging) for start in starts]
-            kept = [piece for piece in pieces if piece.loss_weights.any()]
+            kept = [piece for piece in pieces if _has_answer(piece, one.answers)]
             fitted += kept
-            lost += _lost_of(example, sum(map(len, kept)), stop_ids)
+            lost += _lost_of(one, sum(map(len, kept)))
     if not fitted:
-        raise _refuse(row.origin, examples, max_seq_len, policy, stop_ids)
-    return FitResult(fitted, lost, is_changed=True)
+        raise _refuse(row.origin, rendered, max_seq_len, policy)
+    return FitResult(fitted, lost, True, num_turns - lost.turns, counts)
 
 
-def _refuse(
-    origin: Origin, examples: Sequence[TokenizedExample], max_seq_len: int, policy: str, stop_ids: Sequence[int]
-) -> OverLongError:
-    lost = sum((_lost_of(example, 0, stop_ids) for example in examples), Lost())
-    what = f"is {max(map(len, examples)):,} tokens long; config.data.max_seq_len is {max_seq_len:,}"
+def _refuse(origin: Origin, rendered: Sequence[RenderedExample], max_seq_len: int, policy: str) -> OverLongError:
+    lost = sum((_lost_of(one, 0) for one in rendered), Lost())
+    what = f"is {max(len(one.example) for one in rendered):,} tokens long; config.data.max_seq_len is {max_seq_len:,}"
     if policy == "error":
         remedy = "Raise it, shorten the row, or set config.data.too_long = 'drop'."
         return OverLongError("too_long", origin, f"{what}. {remedy}", lost)
@@ -154,11 +161,18 @@ def _cut(example: TokenizedExample, start: int, stop: int, averaging: str) -> To
     return TokenizedExample(example.inputs[span], example.targets[span], weights, example.origin)
 
 
-def _lost_of(example: TokenizedExample, kept: int, stop_ids: Sequence[int]) -> Lost:
-    """What stands behind the first `kept` positions. A turn ends with a supervised stop token."""
-    is_supervised = example.loss_weights[kept:] != 0
-    num_turns = int(np.count_nonzero(np.isin(example.targets[kept:], stop_ids) & is_supervised))
-    return Lost(num_turns, len(example) - kept, int(np.count_nonzero(is_supervised)))
+def _has_answer(piece: TokenizedExample, answers: Sequence[tuple[int, int]]) -> bool:
+    """Whether something is trained on in the beginning of an example: of a conversation, in its answers. A weight of
+    prompts alone makes no example."""
+    spans = answers or ((0, len(piece)),)
+    return any(piece.loss_weights[start:stop].any() for start, stop in spans)
+
+
+def _lost_of(rendered: RenderedExample, kept: int) -> Lost:
+    """What stands behind the first `kept` positions: of turns, those whose stop token does."""
+    example = rendered.example
+    num_turns = sum(stop > kept for _, stop in rendered.answers)
+    return Lost(num_turns, len(example) - kept, int(np.count_nonzero(example.loss_weights[kept:])))
 
 
 # --- Leaving off exchanges --------------------------------------------------------------------------------------------
@@ -190,19 +204,11 @@ class _Part:
         if not any(map(_num_supervised, exchanges)):
             return []
         messages = (*self.head, *(message for exchange in exchanges for message in exchange))
-        return _render_uncounted(dataclasses.replace(self.conversation, messages=messages), self.renderer)
+        return self.renderer.render(dataclasses.replace(self.conversation, messages=messages))
 
 
 def _num_supervised(messages: Sequence[Message]) -> int:
     return sum(message.role == "assistant" and message.loss_weight != 0 for message in messages)
-
-
-def _render_uncounted(conversation: Conversation, renderer: Renderer) -> list[TokenizedExample]:
-    counts = renderer.counts.copy()
-    try:
-        return renderer.render(conversation)
-    finally:
-        renderer.counts = counts
 
 
 def _pin_weights(conversation: Conversation, supervise: str) -> Conversation:
@@ -239,13 +245,10 @@ def _fit_part(
     example: TokenizedExample, part: _Part, max_seq_len: int, policy: str
 ) -> tuple[list[TokenizedExample], Lost]:
     """The examples that take the place of one that is too long."""
-
-    def fits(start: int, stop: int) -> bool:
-        return all(len(example) <= max_seq_len for example in part.render(part.exchanges[start:stop]))
-
     supervised = [i for i, exchange in enumerate(part.exchanges) if _num_supervised(exchange)]
-    windows = (_last_window if policy == "drop_early_turns" else _windows)(supervised, fits)
-    pieces = [part.render(part.exchanges[start:stop]) for start, stop in windows]
+    window = _Window(part, max_seq_len, len(example))
+    windows = (_last_window if policy == "drop_early_turns" else _windows)(supervised, window)
+    pieces = [window.render(start, stop) for start, stop in windows]
     fitted = [one for piece in pieces for one in piece]
 
     kept = {i for start, stop in windows for i in range(start, stop)}
@@ -254,42 +257,85 @@ def _fit_part(
         rest = part.render([exchange for i, exchange in enumerate(part.exchanges) if i in kept])
     turns = sum(_num_supervised(exchange) for i, exchange in enumerate(part.exchanges) if i not in kept)
     tokens = len(example) - sum(map(len, rest))
-    supervised_tokens = sum(int(np.count_nonzero(one.loss_weights)) for one in rest)
-    return fitted, Lost(turns, max(0, tokens), int(np.count_nonzero(example.loss_weights)) - supervised_tokens)
+    supervised_tokens = np.count_nonzero(example.loss_weights) - sum(np.count_nonzero(one.loss_weights) for one in rest)
+    # Not below 0: a prompt may be weighted where it opens an example, and not behind a history that is left off.
+    return fitted, Lost(turns, max(0, tokens), max(0, int(supervised_tokens)))
 
 
-_Fits = Callable[[int, int], bool]
-"""Whether exchanges [start, stop) fit."""
+class _Window:
+    """Exchanges [start, stop) of a part: their rendering, and guesses at which fit, so that few are rendered."""
+
+    def __init__(self, part: _Part, max_seq_len: int, num_tokens: int):
+        """`num_tokens`: of the part as a whole."""
+        self._part, self._max_seq_len = part, max_seq_len
+        self._rendered: dict[tuple[int, int], list[TokenizedExample]] = {}
+        sizes = [_num_characters(messages) for messages in (part.head, *part.exchanges)]
+        self._ends = [0, *itertools.accumulate(sizes[1:])]
+        self._room = max_seq_len * sum(sizes) / num_tokens - sizes[0]
+
+    def render(self, start: int, stop: int) -> list[TokenizedExample]:
+        key = (start, stop)
+        if key not in self._rendered:
+            self._rendered[key] = self._part.render(self._part.exchanges[start:stop])
+        return self._rendered[key]
+
+    def fits(self, start: int, stop: int) -> bool:
+        return all(len(example) <= self._max_seq_len for example in self.render(start, stop))
+
+    def first_start(self, lowest: int, highest: int, stop: int) -> int:
+        """The least start with which it fits; with `highest` it does."""
+        guess = bisect.bisect_left(self._ends, self._ends[stop] - self._room)
+        return _first_true(lowest, highest, guess, lambda start: self.fits(start, stop))
+
+    def count_stops(self, start: int, stops: Sequence[int]) -> int:
+        """With how many of the ascending stops it fits."""
+        guess = bisect.bisect_right([self._ends[stop] for stop in stops], self._ends[start] + self._room)
+        return _first_true(0, len(stops), guess, lambda k: not self.fits(start, stops[k]))
 
 
-def _last_window(supervised: Sequence[int], fits: _Fits) -> list[tuple[int, int]]:
+def _num_characters(messages: Sequence[Message]) -> int:
+    """About as many as a template writes: reasoning is mostly left out of history."""
+    calls = sum(len(call.arguments_json) for message in messages for call in message.tool_calls)
+    return calls + sum(len(message.content) + _FRAME for message in messages)
+
+
+def _last_window(supervised: Sequence[int], window: _Window) -> list[tuple[int, int]]:
     """The last supervised exchange, with as many before it as fit."""
-    stop = supervised[-1] + 1
-    return [(_open_window(0, supervised[-1], stop, fits), stop)] if fits(supervised[-1], stop) else []
+    last, stop = supervised[-1], supervised[-1] + 1
+    return [(window.first_start(0, last, stop), stop)] if window.fits(last, stop) else []
 
 
-def _windows(supervised: Sequence[int], fits: _Fits) -> list[tuple[int, int]]:
+def _windows(supervised: Sequence[int], window: _Window) -> list[tuple[int, int]]:
     """Windows that hold each supervised exchange which fits, once, and the others that lead up to it if they fit."""
     windows = []
     start, at = 0, 0  # the first exchange that is in no window yet, and the first supervised one
     while at < len(supervised):
         first, stops = supervised[at], [i + 1 for i in supervised[at:]]
-        # Halving finds the border: each exchange more makes a window longer.
-        num_fitting = bisect.bisect_left(stops, True, key=lambda stop: not fits(first, stop))
+        num_fitting = window.count_stops(first, stops)
         if num_fitting:
             stop = stops[num_fitting - 1]
-            windows.append((_open_window(start, first, stop, fits), stop))
+            windows.append((window.first_start(start, first, stop), stop))
         at += max(num_fitting, 1)
         start = supervised[at - 1] + 1
     return windows
 
 
-def _open_window(lowest: int, highest: int, stop: int, fits: _Fits) -> int:
-    """The least start of a window, from `lowest` to `highest`, with which it fits; with `highest` it does.
+def _first_true(lowest: int, highest: int, guess: int, holds: Callable[[int], bool]) -> int:
+    """The least number from `lowest` to `highest` that holds, if all above one that does do, and `highest` does.
 
-    Looked for from `highest` in steps that double, so that no window is rendered that is far too long."""
+    Looked for from the guess in steps that double, and then by halving: near a good guess two numbers are tried."""
     step = 1
-    while highest - step > lowest and fits(highest - step, stop):
-        step *= 2
-    lowest, highest = max(lowest, highest - step), highest - step // 2
-    return lowest + bisect.bisect_left(range(lowest, highest), True, key=lambda start: fits(start, stop))
+    at = min(max(guess, lowest), highest)
+    if at == highest or holds(at):
+        highest = at
+        while highest > lowest and holds(max(highest - step, lowest)):
+            highest = max(highest - step, lowest)
+            step *= 2
+        lowest = max(highest - step + 1, lowest)
+    else:
+        lowest = at + 1
+        while lowest < highest and not holds(min(lowest + step - 1, highest)):
+            lowest = min(lowest + step, highest)
+            step *= 2
+        highest = min(lowest + step - 1, highest)
+    return lowest + bisect.bisect_left(range(lowest, highest), True, key=holds)

@@ -26,7 +26,7 @@ class Turn(NamedTuple):
     prompt: str  # what inference feeds
     completion: str  # what the model must write, through the stop token where the template writes one
     epilogue: str  # what stands after the stop token
-    stop: str
+    stop: str  # with which the completion ends; empty where the template writes none
 
 
 def render_turns(
@@ -63,9 +63,9 @@ def render_turns(
             what = "the prompt that asks for it is no prefix of the text with it: the first goes on with "
             hint = "Set config.data.chat_template_kwargs, for example enable_thinking, or choose another template."
             raise _unverified(template, i, f"{what}{asked}, the second with {written}", origin, hint)
-        stop = facts.call_stop if message.tool_calls else facts.stop.text
-        end = len(whole)
+        stop, end = "", len(whole)
         if facts.stop.is_written:
+            stop = facts.call_stop if message.tool_calls else facts.stop.text
             end = whole.find(stop, len(prompt)) + len(stop)
             if end < len(stop):
                 raise _unverified(template, i, f"is not followed by the stop token {stop!r}", origin)

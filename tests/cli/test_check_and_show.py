@@ -51,9 +51,32 @@ def test_check_prints_and_writes_the_account(capsys, tmp_path):
         assert part in text
     for part in ("turns │ 3 │", "eval held_out held_out", "steps an epoch", "report: run/data_report.json"):
         assert part in text
+    assert "files read │ 1 │" in text
+    assert "held out │" not in text
     report = json.loads((tmp_path / "run" / "data_report.json").read_text())
     assert report["rows_read"] == report["rows_trained"] + report["rows_bad"] == 4
     assert report["eval"]["held_out"]["rows_trained"] == 1
+
+
+def test_check_tells_of_examples_that_are_held_out_and_of_files_that_are_not_read(capsys, tmp_path):
+    (tmp_path / "chats.jsonl").write_text("\n".join([chat("Yes."), chat("No."), chat("A fox.")]))
+    (tmp_path / "rows").mkdir()
+    (tmp_path / "chats.jsonl").rename(tmp_path / "rows/chats.jsonl")
+    (tmp_path / "rows/notes.md").write_text("Notes.")
+    (tmp_path / "more").mkdir()
+    (tmp_path / "rows/more").symlink_to(tmp_path / "more")
+    config = CONFIG.format(base=str(BASE_MODEL)).replace("chats.jsonl", "rows")
+    config = config.replace("    return", '    config.data.eval_overlap = "drop"\n    return')
+    (tmp_path / "config.py").write_text(config)
+    text = " ".join(call(capsys, "check").replace("│", " ").split())
+    for part in (
+        "not read 1 a link to a folder, which is not followed: rows/more",
+        "not read 1 of a kind that is not read: rows/notes.md",
+        "examples 3 held out 1 not trained on, as they are held out too, by config.data.eval_overlap in an epoch 2",
+    ):
+        assert part in text
+    (source,) = json.loads((tmp_path / "run" / "data_report.json").read_text())["sources"].values()
+    assert source["files_not_read"]["of a kind that is not read"] == {"count": 1, "first": ["rows/notes.md"]}
 
 
 def test_check_leaves_a_started_run_its_own_report(capsys, tmp_path):

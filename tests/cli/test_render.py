@@ -102,6 +102,36 @@ def test_template_kwargs_and_stop_token_reach_the_template(capsys):
     assert "config.data.stop_token" in run_error(capsys, [*CHATML, "--stop-token=<none>"])
 
 
+def test_roles_are_mapped(capsys):
+    row = {"messages": [{"role": "kid", "content": "Hi"}, {"role": "sage", "content": "Yes."}]}
+    assert objects(capsys, [row], *CHATML, status=3)[0]["refused"] == "unknown_role"
+    (mapped,) = objects(capsys, [row], *CHATML, '--role-map={"kid": "user", "sage": "assistant"}')
+    (plain,) = objects(capsys, [chat("Hi", "Yes.")], *CHATML)
+    assert mapped == plain
+    assert "config.data.role_map" in run_error(capsys, [*CHATML, '--role-map={"kid": "king"}'])
+
+
+@pytest.mark.parametrize("condition", ["true", "messages[0].content == 'Hi'"])
+def test_a_template_that_writes_todays_date_is_refused_as_check_does(capsys, condition):
+    with open("dated.jinja", "w") as out:
+        out.write(f"{{% if {condition} %}}{{{{ strftime_now('%d %b %Y') }}}}{{% endif %}}{FORGETFUL}")
+    args = [*CHATML, "--template=dated.jinja"]
+    error = run_error(capsys, args)
+    assert "dated.jinja writes today's date into every prompt" in error
+    assert "dict(now='2026-01-31')" in error
+    (row,) = objects(capsys, [chat("Hi", "Yes.")], *args, '--template-kwargs={"now": "2026-01-31"}')
+    assert row["text"].startswith("31 Jan 2026<|im_start|>user\n")
+
+
+@pytest.mark.parametrize("rows", [[], ["", " "]])
+def test_a_file_without_rows_is_an_error(capsys, rows):
+    with open("none.jsonl", "w") as out:
+        out.write("\n".join(rows))
+    for args in (CHATML, [*CHATML, "--json"]):
+        error = run_error(capsys, [*args, "--input=none.jsonl"], status=3)
+        assert "--input: none.jsonl has no rows. Name a file with at least one." in error
+
+
 def run_error(capsys, args, status=2):
     with open("rows.jsonl", "w") as out:
         out.write(json.dumps(chat("Hi", "Yes.")) + "\n")

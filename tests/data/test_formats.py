@@ -129,6 +129,21 @@ def test_a_field_map_reads_other_names(fields, field_map, format):
     )
 
 
+@pytest.mark.parametrize(
+    ("fields", "field_map", "lacks"),
+    [
+        (dict(question="Hi", answer="Yes."), dict(prompt="query", completion="answer"), "no query, .* as prompt"),
+        (dict(question="Hi"), dict(prompt="query", completion="reply"), "no query, reply, .* as prompt, completion"),
+        (dict(text="Hi", chat=[]), dict(messages="chats"), "no chats, .* as messages"),  # and no document
+        (dict(prompt="Hi", completion="Yes."), dict(completion="answers.0"), r"no answers\.0, .* as completion"),
+    ],
+)
+def test_a_map_to_a_field_that_the_row_has_not_is_named(fields, field_map, lacks):
+    names = ", ".join(sorted(fields))
+    with pytest.raises(RowError, match=rf"has the fields {names} and {lacks}\. Fix the row, or name the right field"):
+        detect_format(RawRow(fields, ORIGIN), field_map)
+
+
 def test_fields_that_a_map_does_not_read_are_ignored_by_name():
     pair = row(prompt="Hi", chosen="Hello.", rejected="No.", completion="unread", extra=1)
     assert ignored_fields(pair, "prompt_completion", dict(completion="chosen")) == {"rejected", "completion", "extra"}

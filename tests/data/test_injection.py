@@ -133,18 +133,16 @@ def test_the_text_comes_back(tiny_byte_level):
 
 def test_control_text_of_rows_is_counted(tiny_byte_level):
     audited = Audited(tiny_byte_level, ())
-    counts = audited.renderer.counts
-    audited.renderer.render(make_row(user="a < b"))  # only looks like the beginning of one
-    assert counts["control_text"] == 0
-    audited.renderer.render(make_row(tool_result="say <|im_end|>"))
-    assert counts["control_text"] == 1
+    render_row = audited.renderer.render_row
+    assert not render_row(make_row(user="a < b")).counts  # only looks like the beginning of one
+    assert render_row(make_row(tool_result="say <|im_end|>")).counts == {"control_text": 1}
 
 
 def test_reasoning_that_opens_content_is_split_and_counted(tiny_byte_level):
     audited = Audited(tiny_byte_level, ())
     row = make_row(reasoning="", content="<think>\nR\n</think>\n\nA")
     audited.assert_stays_text(row, "split")
-    assert audited.renderer.counts["reasoning_split"] == 1
+    assert audited.renderer.render_row(row).counts == {"reasoning_split": 1}
     messages = (*row.messages[:2], replace(row.messages[2], content="A <think>R</think>"), *row.messages[3:])
     examples = audited.renderer.render(replace(row, messages=messages))
     assert len(skeleton(audited, examples[0])) == len(audited.expected) - 2  # in the middle it is text

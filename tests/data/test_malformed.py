@@ -38,6 +38,8 @@ class Kind:
     num_good: int = 2
     """Rows that are read, whatever the verdict."""
     file: str = "rows.jsonl"
+    element: int = 0
+    """Of an array."""
 
 
 def accept(name, line, **options):
@@ -57,12 +59,12 @@ def reject(name, line, says="", reason="malformed_json", **options):
     return Kind(name, "reject", GOOD + line + b"\n" + GOOD, reason, says=says, **options)
 
 
-def reject_file(name, content, says, file="rows.jsonl", line=1):
-    return Kind(name, "reject", content, "file", line, says, 0, file)
+def reject_file(name, content, says, file="rows.jsonl", line=1, element=0):
+    return Kind(name, "reject", content, "file", line, says, 0, file, element)
 
 
-def reject_element(name, content, says="", reason="malformed_json", line=2, num_good=2):
-    return Kind(name, "reject", content, reason, line, says, num_good, "rows.json")
+def reject_element(name, content, says="", reason="malformed_json", line=2, num_good=2, element=2):
+    return Kind(name, "reject", content, reason, line, says, num_good, "rows.json", element)
 
 
 def reject_row(name, reason, **fields):
@@ -241,8 +243,9 @@ KINDS = [
         "no-comma-between-elements", b'[{"text":"a"},\n{"text":"x"} {"text":"y"},{"text":"b"}]', "two values"
     ),
     reject_element("two-commas", b'[{"text":"a"},\n,{"text":"b"}]', "no element before"),
-    reject_element("comma-first", b'[\n,{"text":"a"},{"text":"b"}]', "no element before"),
-    reject_element("comma-last", b'[{"text":"a"},{"text":"b"},\n]', "after the last comma"),
+    reject_element("comma-first", b'[\n,{"text":"a"},{"text":"b"}]', "no element before", element=1),
+    reject_element("comma-last", b'[{"text":"a"},{"text":"b"},\n]', "after the last comma", element=3),
+    reject_element("bad-element-on-the-only-line", b'[{"text":"a"}, {"text":"b"}, {"text":1e}]', line=1, element=3),
     reject_element("unescaped-quote-in-an-element", b'[{"text":"a"},\n{"text":"say "x" to"},\n{"text":"b"}]'),
     reject_element("string-with-no-end-on-its-line", b'[{"text":"a"},\n{"text":"x},\n{"text":"b"}]'),
     reject_element("raw-newline-in-an-element", b'[{"text":"a"},\n{"text":"x\ny"},\n{"text":"b"}]'),
@@ -253,14 +256,20 @@ KINDS = [
         "nested_too_deep",
         num_good=1,
     ),
-    reject_file("million-levels-in-an-element", b"[" * DEEP + b"]" * DEEP, "deeper than 1,000 levels", "rows.json"),
-    reject_file("array-with-no-end", b'[{"text":"a"},\n{"text":"b"}', "no end", "rows.json", 2),
-    reject_file("array-cut-in-a-string", b'[{"text":"a"},\n{"text":"b', "no end", "rows.json", 2),
-    reject_file("brace-too-many", b'[{"text":"a"},\n{"text":"b"}},\n{}]', "closes nothing", "rows.json", 2),
-    reject_file("brackets-too-many-after-a-quote", b'[{"text":"a"},\n{"text":"b"c}]]\n', "do not pair", "rows.json", 2),
-    reject_file("brace-missing", b'[{"text":"a"},\n{"text":"b",\n{}]', "no end", "rows.json", 2),
+    reject_file(
+        "million-levels-in-an-element", b"[" * DEEP + b"]" * DEEP, "deeper than 1,000 levels", "rows.json", 1, 1
+    ),
+    reject_file("array-with-no-end", b'[{"text":"a"},\n{"text":"b"}', "no end", "rows.json", 2, 2),
+    reject_file("array-cut-in-a-string", b'[{"text":"a"},\n{"text":"b', "no end", "rows.json", 2, 2),
+    reject_file("brace-too-many", b'[{"text":"a"},\n{"text":"b"}},\n{}]', "closes nothing", "rows.json", 2, 2),
+    reject_file(
+        "brackets-too-many-after-a-quote", b'[{"text":"a"},\n{"text":"b"c}]]\n', "do not pair", "rows.json", 2, 2
+    ),
+    reject_file("brace-missing", b'[{"text":"a"},\n{"text":"b",\n{}]', "no end", "rows.json", 2, 2),
     reject_file("two-arrays", b'[{"text":"a"}]\n[{"text":"b"}]', "goes on behind", "rows.json", 2),
-    reject_file("unescaped-quote-on-the-only-line", b'[{"text":"a"}, {"text":"say "x""}]', "do not pair", "rows.json"),
+    reject_file(
+        "unescaped-quote-on-the-only-line", b'[{"text":"a"}, {"text":"say "x""}]', "do not pair", "rows.json", 1, 2
+    ),
     reject_file("object-over-lines", b'{\n  "data": [\n    {}\n  ]\n}', "over several lines", "rows.json"),
     # Files that are not what their name says, or not whole.
     reject_file("gzip-without-its-ending", gzip.compress(GOOD), r"gzip.*Add \.gz"),
@@ -356,7 +365,7 @@ def read(path):
             except RowError as error:
                 bad.append((str(error.origin), error.reason, str(error)))
     except DataError as error:
-        return [], [(re.match(r"[^:]*(:\d+)?", str(error)).group(), "file", str(error))]
+        return [], [(re.match(r"[^:]*(:\d+(#\d+)?)?", str(error)).group(), "file", str(error))]
     return good, bad
 
 
@@ -371,7 +380,8 @@ def test_each_kind_has_its_verdict(tmp_path, kind):
         return
     origin, reason, text = bad[0]
     assert reason == kind.reason
-    assert origin == (f"{path}:{kind.line}" if kind.line else str(path))
+    place = f":{kind.line}" if kind.line else ""
+    assert origin == f"{path}{place}{f'#{kind.element}' if kind.element else ''}"
     assert re.search(kind.says, text)
     problem, _, mending = text.removeprefix(f"{origin}: ").partition(". ")
     assert problem
@@ -397,12 +407,12 @@ def test_the_table_is_as_long_as_promised():
 def test_a_row_that_is_too_large(tmp_path):
     """64 MiB and one byte, in a line and in an array; the rows around it are read."""
     large = b'{"text":"' + b"x" * (64 * 2**20 - 10) + b'"}'
-    for name, content in [
-        ("rows.jsonl.gz", GOOD + large + b"\n" + GOOD),
-        ("rows.json.gz", b'[{"text":"a"},\n' + large + b',\n{"text":"b"}]'),
+    for name, place, content in [
+        ("rows.jsonl.gz", "2", GOOD + large + b"\n" + GOOD),
+        ("rows.json.gz", "2#2", b'[{"text":"a"},\n' + large + b',\n{"text":"b"}]'),
     ]:
         path = tmp_path / name
         path.write_bytes(zlib.compress(content, 1, wbits=31))
         good, [(origin, reason, text)] = read(path)
-        assert (len(good), origin, reason) == (2, f"{path}:2", "row_too_large")
+        assert (len(good), origin, reason) == (2, f"{path}:{place}", "row_too_large")
         assert "67,108,864 bytes" in text

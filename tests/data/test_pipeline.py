@@ -315,9 +315,9 @@ def test_all_sources_over_the_limit_are_reported_together(open_data, sources, tm
     with pytest.raises(DataError) as raised:
         open_data(paths=[bad, sources[0], empty])
     message = str(raised.value)
-    assert f"{bad}: 1 of 1 rows are bad" in message
+    assert f"config.data.train[0].path: 1 of 1 rows of {bad} are bad" in message
     assert f"{bad}:1: JSON is malformed" in message
-    assert f"{empty}: has no rows" in message
+    assert f"config.data.train[2].path: {empty} has no rows" in message
 
 
 def test_bad_rows_below_the_limit_are_left_out(open_data, sources, tmp_path):

@@ -92,7 +92,7 @@ def die():
 @pytest.mark.parametrize(
     ("factory", "error", "message"),
     [
-        (functools.partial(WordRenderer, version="other"), DataError, "tokenizer or chat template changed while"),
+        (functools.partial(WordRenderer, version="other"), DataError, "tokenizer or chat_template: changed while"),
         (fail_to_open, RuntimeError, "KeyError: 'by mistake'"),
         (die, DataError, r"config\.data\.prepare_processes: a process that prepares data ended with status -9"),
     ],
@@ -118,11 +118,11 @@ class SlowRenderer(WordRenderer):
         super().__init__()
         self.log = log
 
-    def render_with_turns(self, row):
+    def render_row(self, row):
         time.sleep(0.004)
         with open(self.log, "a") as log:
             log.write(f"{os.getpid()} {row.origin.line}\n")
-        return super().render_with_turns(row)
+        return super().render_row(row)
 
 
 PROGRAM = f"""
@@ -176,9 +176,9 @@ def test_a_killed_preparation_goes_on_with_the_parts_that_are_done(tmp_path, pro
     again = []
 
     class Counting(WordRenderer):
-        def render_with_turns(self, row):
+        def render_row(self, row):
             again.append(row.origin.line)
-            return super().render_with_turns(row)
+            return super().render_row(row)
 
     started = time.monotonic()
     store = prepare(tmp_path, path, renderer=Counting())

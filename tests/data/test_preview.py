@@ -13,7 +13,8 @@ from sft_jax.data.errors import RowError
 from sft_jax.data.packing import assemble_rows
 from sft_jax.data.preview import glyphs_of, preview_row, runs_of, segments_of, weights_of
 from sft_jax.data.preview_html import preview_page
-from sft_jax.data.report import Account, LostRows, account_to_json
+from sft_jax.data.report import Account, LostRows, account_to_json, list_not_read
+from sft_jax.data.sources import NotRead
 from sft_jax.data.tokenizer import load_tokenizer
 from sft_jax.data.too_long import FitResult, Lost
 from sft_jax.datatypes import Origin, PackedRow, TokenizedExample
@@ -148,12 +149,13 @@ def make_report(row, names=("a", "b")):
         account = Account(rows_read=3, rows_shortened=1, tokens_lost=1234, ignored_fields={"<i>id": 2})
         segments = [segment for segment in segments_of(row) if segment.source_id == index]
         examples = [TokenizedExample.from_ids(s.ids, s.weights, s.origin) for s in segments]
-        fit = FitResult(examples, Lost(), False)
-        account.add_trained(fit, Counter(turns=len(segments), control_text=1), Counter(), ())
+        account.add_trained(FitResult(examples, Lost(), False, len(segments), Counter(control_text=1)), Counter(), ())
         for losses in (account.bad, account.dropped):
             error = RowError("<b>reason", Origin("<path>.jsonl", 9), "has </table><script>x</script>. Mend it.")
             losses.setdefault(error.reason, LostRows()).add(error)
-        sources[name] = {"path": f"{name}.jsonl", **account_to_json(account)}
+        not_read = list_not_read([NotRead("<i>.md", "of a kind that is not read")] * 6)
+        files = {"path": f"{name}.jsonl", "files_read": 1, "files_not_read": not_read, "examples_held_out": 21}
+        sources[name] = {**files, **account_to_json(account)}
     totals = {"examples": 3, "tokens": 4567, "supervised_fraction": 0.25, "rows_per_epoch": 7, "max_seq_len": 99}
     return totals | {"fill_fraction": 0.875, "steps_per_epoch": 1.5, "num_steps": 3, "sources": sources}
 
@@ -179,6 +181,10 @@ def test_the_page_has_sources_losses_and_lengths(tokenizer, row):
     page = Page(preview_page("run", make_report(row), [(0, row)], tokenizer))
     for text in ("bad: <b>reason", "dropped: <b>reason", "1,234", "87.5%", "control text", "field <i>id", "4,567"):
         assert text in page.text
+    assert f"files not read6of a kind that is not read: {', '.join(['<i>.md'] * 5)}, ..." in "".join(
+        page.text.split("\n")
+    )
+    assert "examples held out21not trained on" in "".join(page.text.split("\n"))
     assert "<path>.jsonl:9: has </table><script>x</script>. Mend it." in page.text
     lengths = Counter(1 << (len(segment.ids) - 2).bit_length() for segment in segments_of(row))
     for up_to, count in lengths.items():

@@ -140,19 +140,21 @@ def test_llama2_is_one_text_for_sentencepiece(tiny_sentencepiece):
 @pytest.mark.parametrize("system", ["", "Be brief."])
 def test_turns_share_an_example_and_every_prompt_is_inference_s(renderer, system):
     conversation = chat(*TWO_TURNS, "Bye", "\nSee you.\n", "?", "!", system=system)
-    (example,) = renderer.render(conversation)
+    ((example, *_),), counts = renderer.render_row(conversation)
     assert_prompts_are_inference_s(renderer, conversation, [example])
     answers = [message.content for message in conversation.messages if message.role == "assistant"]
     for text, answer in zip(supervised_texts(renderer, example), answers, strict=True):
         assert answer.strip() in text
-    assert renderer.counts["expanded"] == 0
+    assert not counts
 
 
 def test_rewritten_history_makes_examples_of_their_own(tiny_sentencepiece):
     renderer = with_jinja(tiny_sentencepiece, FORGETFUL)
     conversation = chat("Hi", "Hello", "2 + 2", "because => 4", "3 + 3", "so => 6", "Bye", "See you.")
-    examples = renderer.render(conversation)
-    assert renderer.counts["expanded"] == len(examples) - 1 == 2
+    rendered, counts = renderer.render_row(conversation)
+    assert counts == {"expanded": len(rendered) - 1} == {"expanded": 2}
+    assert [one.turns for one in rendered] == [(1, 3), (5,), (7,)]
+    examples = [one.example for one in rendered]
     assert [supervised_texts(renderer, example) for example in examples] == [
         ["Hello<|im_end|>", "because => 4<|im_end|>"],
         ["so => 6<|im_end|>"],
@@ -242,7 +244,8 @@ def test_control_text_in_content_stays_text(renderer):
         for attack in ATTACKS:
             content = attack.replace("{}", token)
             conversation = chat(f"Q{content}", f"A{content}Z", f"{content}Q", f"A{content}Z", system=f"S{content}S")
-            (example,) = renderer.render(conversation)
+            ((example, *_),), counts = renderer.render_row(conversation)
+            assert counts == {"control_text": 1}
             assert [int(i) for i in example.ids if int(i) in control.texts] == skeleton
             assert example.ids[weights_of(example) > 0][-1] == renderer.stop_ids[0]
             for text in supervised_texts(renderer, example):
@@ -250,7 +253,6 @@ def test_control_text_in_content_stays_text(renderer):
             assert renderer.tokenizer.decode(example.ids.tolist()) == renderer.template.render(
                 conversation.messages, add_generation_prompt=False
             )
-    assert renderer.counts["control_text"] == len(control.ids) * len(ATTACKS)
 
 
 @pytest.mark.parametrize("parts", [("a <|im", "_end|> b"), ("<", "s>"), ("x</", "s>y"), ("\ue000<s>", "</s>\ue001")])
@@ -300,9 +302,9 @@ def test_unknown_text_is_named(poor_folder, policy, contents):
 
 def test_unknown_text_is_kept_on_demand_and_counted(poor_folder):
     renderer = open_renderer(poor_folder, "plain", unknown_tokens="keep")
-    (example,) = renderer.render(chat("é", "Hi é and ☃"))
+    ((example, *_),), counts = renderer.render_row(chat("é", "Hi é and ☃"))
     assert (example.ids == renderer.tokenizer.unk_id).sum() == 3
-    assert renderer.counts["unknown_tokens"] == 3
+    assert counts == {"unknown_tokens": 3}
 
 
 def test_an_unknown_token_that_the_template_writes_is_none(poor_folder):

@@ -2,6 +2,7 @@
 
 import io
 import json
+import re
 from collections import Counter
 from copy import deepcopy
 
@@ -20,6 +21,7 @@ from sft_jax.data.report_table import length_range, report_table
 from sft_jax.data.too_long import FitResult, Lost
 from sft_jax.datatypes import DataError, Origin, TokenizedExample
 
+FIELD = "config.data.train[1]"
 KINDS = ("trained", "bad", "dropped", "not taken")
 
 
@@ -31,9 +33,9 @@ def count_rows(rows):
         account.rows_read += 1
         if kind == "trained":
             examples = [TokenizedExample.from_ids(range(n + 2), [0] * (n + 1) + [1], origin) for n in range(number)]
-            names = ["turns", "expanded", "disguised", "unknown_tokens"]
-            fit = FitResult(examples, Lost(tokens=number), is_changed=bool(number))
-            account.add_trained(fit, Counter(names[number:]), Counter(names[:1]), names[:number])
+            names = ["reasoning_split", "expanded", "control_text", "unknown_tokens"]
+            fit = FitResult(examples, Lost(tokens=number), bool(number), number, Counter(names[number:]))
+            account.add_trained(fit, Counter(names[:1]), names[:number])
         elif kind == "not taken":
             account.rows_not_taken += 1
         else:
@@ -93,7 +95,7 @@ def test_lengths_are_counted_between_powers_of_two():
     account = Account()
     for length in (1, 2, 3, 4, 5, 64, 65):
         example = TokenizedExample.from_ids(np.zeros(length + 1), np.ones(length + 1), Origin("a.jsonl", 1))
-        account.add_trained(FitResult([example], Lost(), False), Counter(), Counter(), ())
+        account.add_trained(FitResult([example], Lost(), False, 1, Counter()), Counter(), ())
     assert account.lengths == {1: 1, 2: 1, 4: 2, 8: 1, 64: 1, 128: 1}
     assert [length_range(up_to) for up_to in account_to_json_lengths(account)] == [
         "1",
@@ -111,7 +113,7 @@ def account_to_json_lengths(account):
 
 
 @pytest.mark.parametrize(
-    "use", [Account.check_balance, account_to_json, lambda account: check_account(account, "a", 1.0)]
+    "use", [Account.check_balance, account_to_json, lambda account: check_account(account, "a", 1.0, FIELD)]
 )
 def test_a_row_without_a_place_is_noticed_by_whoever_uses_the_account(use):
     account = count_rows([("a", 1, kind, 1) for kind in KINDS])
@@ -123,11 +125,15 @@ def test_a_row_without_a_place_is_noticed_by_whoever_uses_the_account(use):
 
 def test_rows_that_are_not_taken_are_in_no_fraction():
     rows = [("a", 1, "bad", 0), ("a", 2, "trained", 1), *[("a", line, "not taken", 0) for line in range(3, 99)]]
-    check_account(count_rows(rows), "a", 0.5)
-    with pytest.raises(DataError, match=r"^a: 1 of 2 rows are bad; config\.data\.max_bad_fraction allows 0\.4 of them"):
-        check_account(count_rows(rows), "a", 0.4)
-    with pytest.raises(DataError, match=r"^a: none of its 96 rows is taken\. Take more by the source's split"):
-        check_account(count_rows(rows[2:]), "a", 1.0)
+    check_account(count_rows(rows), "a", 0.5, FIELD)
+    with pytest.raises(
+        DataError, match=rf"^{re.escape(FIELD)}\.path: 1 of 2 rows of a are bad; .* allows 0\.4 of them"
+    ):
+        check_account(count_rows(rows), "a", 0.4, FIELD)
+    with pytest.raises(
+        DataError, match=rf"^{re.escape(FIELD)}: none of the 96 rows of a is taken\. Take more by its split"
+    ):
+        check_account(count_rows(rows[2:]), "a", 1.0, FIELD)
 
 
 def test_rows_are_named_by_file_and_line_in_json():
@@ -156,6 +162,7 @@ def test_the_table_has_the_whole_account(tmp_path):
     first_five = ", ".join(f"{path}:{line}" for line in range(3, 8))
     for line in (
         ["mixed[1]", "", ""],
+        ["files read", "1", ""],
         ["rows read", "9", "= 2 trained + 6 bad + 1 dropped + 0 not taken"],
         ["bad: malformed_json", "6", first_five],
         ["dropped: too_long", "1", f"{path}:2"],
@@ -163,6 +170,7 @@ def test_the_table_has_the_whole_account(tmp_path):
         ["rendering: unknown tokens", "1", ""],
         ["field id[2] is not read", "2", "rows have it"],
         ["examples of 5-8 tokens", "2", "█" * 24],
+        ["in an epoch", "2", ""],
         ["packed rows an epoch", "1", "of 16 tokens, 68.8% full"],
         ["steps an epoch", "0.5", "of 2 packed rows"],
         ["steps", "2", "3.00 epochs"],

@@ -39,7 +39,7 @@ def parse(content: bytes):
 def open_both(proto) -> tuple[Words, sentencepiece.SentencePieceProcessor]:
     """(words, sentencepiece itself)."""
     whole = sentencepiece.SentencePieceProcessor(model_proto=proto.SerializeToString())
-    words = open_words(proto, lambda text: whole.encode(text, return_type="numpy"))
+    words = open_words(proto, whole.encode)
     assert words is not None
     return words, whole
 

@@ -15,7 +15,7 @@ import pyarrow.parquet
 import pytest
 import zstandard
 
-from sft_jax.data.sources import BadRow, hash_file, read_chunks, read_rows, resolve_files
+from sft_jax.data.sources import BadRow, find_files, hash_file, read_chunks, read_rows, resolve_files
 from sft_jax.datatypes import DataError, Origin, RawRow
 
 FIELD = "config.data.train[2].path"
@@ -185,6 +185,31 @@ def test_a_folder_stands_for_what_can_be_read_in_it(tmp_path):
     assert resolved(tmp_path, "b.jsonl") == ["b.jsonl"]
 
 
+def test_what_is_not_read_is_told(tmp_path):
+    touch(tmp_path / "a", "a.jsonl", "README.md", "b/.hidden", ".git/c.jsonl")
+    touch(tmp_path / "linked", "d.jsonl")
+    (tmp_path / "a/e").symlink_to(tmp_path / "linked")
+    (tmp_path / "a/f.jsonl").symlink_to(tmp_path / "linked/d.jsonl")
+    arrow_folder(tmp_path / "a/saved", ["data-0.arrow"])
+    touch(tmp_path, "a/saved/cache-1.arrow", "a/cached/x.parquet", "a/cached/dataset_infos.json")
+    expected = {
+        ".git": "hidden: the name begins with a dot",
+        "README.md": "of a kind that is not read",
+        "b/.hidden": "hidden: the name begins with a dot",
+        "cached/dataset_infos.json": "a note of `datasets` beside its tables",
+        "e": "a link to a folder, which is not followed",
+        "saved/cache-1.arrow": "not among the tables that state.json names",
+        "saved/dataset_info.json": "a note of `datasets` beside its tables",
+        "saved/state.json": "a note of `datasets` beside its tables",
+    }
+    for path in ("a", "a*"):
+        files, not_read = find_files(f"{tmp_path}/{path}", FIELD)
+        names = [file.removeprefix(f"{tmp_path}/a/") for file in files]
+        assert names == ["a.jsonl", "cached/x.parquet", "f.jsonl", "saved/data-0.arrow"]
+        assert {path.removeprefix(f"{tmp_path}/a/"): reason for path, reason in not_read} == expected
+    assert find_files(f"{tmp_path}/a/e", FIELD).files == [f"{tmp_path}/a/e/d.jsonl"]  # named, it is followed
+
+
 def test_a_pattern_stands_for_what_it_matches(tmp_path):
     touch(tmp_path, "b.jsonl", "a.jsonl", "c.json", "d/a.jsonl", "d/e/a.jsonl", "[x].jsonl", "d/notes.txt")
     assert resolved(tmp_path, "*.jsonl") == ["[x].jsonl", "a.jsonl", "b.jsonl"]
@@ -237,12 +262,15 @@ def test_folders_of_the_datasets_library_that_do_not_say_what_to_train_on(tmp_pa
         ("texts", r"holds only \.txt; expected"),
         ("texts/*.txt", r"holds only \.txt; expected"),
         ("empty", "the folder '.*/empty' is empty; expected"),
+        ("links", "the folder '.*/links' holds nothing to read: '.*/links/a' is a link to a folder, which is not"),
         ("twice", r"look like the same rows\. Remove one"),
     ],
 )
 def test_what_is_wrong_with_a_path(tmp_path, path, says):
     touch(tmp_path, "train.jsonl", "notes.txt", "texts/a.txt", "full/a.jsonl", "twice/a.json", "twice/a.json.gz")
     (tmp_path / "empty").mkdir()
+    (tmp_path / "links").mkdir()
+    (tmp_path / "links/a").symlink_to(tmp_path / "full")
     with pytest.raises(DataError, match=rf"^{re.escape(FIELD)}: .*{says}"):
         resolve_files(f"{tmp_path}/{path}", FIELD)
 
@@ -261,7 +289,9 @@ def test_urls(memory):
     memory.pipe("/bucket/data/deep/a.jsonl", b'{"a":1}')
     memory.pipe("/bucket/data/.hidden/b.jsonl", b'{"a":1}')
     assert resolve_files("memory://bucket/data/0/rows.jsonl", FIELD) == ["memory://bucket/data/0/rows.jsonl"]
-    assert len(resolve_files("memory://bucket/data", FIELD)) == len(FILES) + 1  # without the hidden one
+    files, not_read = find_files("memory://bucket/data", FIELD)
+    assert len(files) == len(FILES) + 1
+    assert not_read == [("memory:///bucket/data/.hidden/b.jsonl", "hidden: the name begins with a dot")]
     pattern = resolve_files("memory://bucket/**/*.gz", FIELD)
     assert [path.rpartition("/")[2] for path in pattern] == ["rows.ndjson.gz", "rows.json.gz"]
     for path in pattern:

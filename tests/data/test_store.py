@@ -1,6 +1,7 @@
 """A store holds what the renderer gave, accounts for every row, and can be neither stale nor half written."""
 
 import dataclasses
+import errno
 import functools
 import json
 import os
@@ -13,7 +14,8 @@ from sft_jax.config_schema import DataConfig, SourceConfig
 from sft_jax.data import part_sharing, preparation
 from sft_jax.data import store as store_module
 from sft_jax.data.conversations import parse_row
-from sft_jax.data.rendering import RenderedExample, open_renderer
+from sft_jax.data.example_builder import RenderedExample
+from sft_jax.data.rendering import open_renderer
 from sft_jax.data.report import account_to_json, check_account
 from sft_jax.data.sources import read_rows, resolve_files
 from sft_jax.data.store import open_store
@@ -78,7 +80,7 @@ def test_the_arrays_on_disk_are_those_of_the_module_docstring(tmp_path):
     words = np.random.Philox(key=0).random_raw(8).tolist()
     first = sum((token_id + 1) * word for token_id, word in zip([1, 5, 11, 12, 6, 13, 2], words, strict=False))
     assert np.fromfile(folder / "hashes.uint64", "<u8")[0] == first % 2**64
-    arrays = ["files.int32", "hashes.uint64", "ids.int32", "lines.int64", "loss_weights.float32"]
+    arrays = ["elements.int32", "files.int32", "hashes.uint64", "ids.int32", "lines.int64", "loss_weights.float32"]
     assert sorted(file.name for file in folder.iterdir()) == [*arrays, "meta.json", "offsets.int64"]
 
 
@@ -136,10 +138,11 @@ def test_max_seq_len_bounds_the_inputs(tmp_path):
 
 def test_a_row_with_no_supervised_token_is_bad(tmp_path):
     class Unsupervised(WordRenderer):
-        def render_with_turns(self, row):
-            ((example, turns),) = super().render_with_turns(row)
+        def render_row(self, row):
+            rendered = super().render_row(row)
+            ((example, *turns),) = rendered.examples
             unsupervised = dataclasses.replace(example, loss_weights=example.loss_weights * 0)
-            return [RenderedExample(unsupervised, turns)]
+            return rendered._replace(examples=[RenderedExample(unsupervised, *turns)])
 
     account = prepare(tmp_path, write(tmp_path, GOOD), Unsupervised()).account
     assert lines_of(account.bad["nothing_supervised"]) == [1]
@@ -236,7 +239,25 @@ def test_a_large_array_is_held_against_its_size_alone(tmp_path, monkeypatch):
 
 def test_a_store_folder_that_cannot_be_written(tmp_path):
     (tmp_path / "stores").write_text("a file")
-    with pytest.raises(StorageError, match=r"config\.data\.store_dir: .*stores cannot be written"):
+    with pytest.raises(StorageError, match=r"config\.data\.store_dir: .*stores cannot be written: .* Remove the file"):
+        prepare(tmp_path, write(tmp_path, GOOD))
+
+
+@pytest.mark.parametrize(
+    ("number", "advice"),
+    [
+        (errno.ENOSPC, "No space left on device. Free space there"),
+        (errno.EACCES, "Permission denied. Give yourself the permission to write there"),
+        (errno.EROFS, "Read-only file system. Mount it so that it can be written"),
+        (errno.EIO, "Input/output error. Look at what is there"),
+    ],
+)
+def test_why_a_store_cannot_be_written_decides_what_to_do(tmp_path, monkeypatch, number, advice):
+    def fail(*args):
+        raise OSError(number, os.strerror(number))
+
+    monkeypatch.setattr(store_module, "make_parts", fail)
+    with pytest.raises(StorageError, match=rf"cannot be written: {advice}, or name another folder\.$"):
         prepare(tmp_path, write(tmp_path, GOOD))
 
 
@@ -323,15 +344,17 @@ def test_a_row_is_always_on_the_same_side(tmp_path):
 
 # --- The account's limit ----------------------------------------------------------------------------------------------
 
+FIELD = "config.data.train[1]"
+
 
 def test_bad_rows_over_the_limit_stop_with_reasons_lines_and_remedies(tmp_path):
     path = write(tmp_path, GOOD, "broken", GOOD.replace('"3"', "3"), "{", "[]", GOOD, GOOD, GOOD, GOOD, GOOD)
     account = prepare(tmp_path, path).account
-    check_account(account, str(path), 0.4)
+    check_account(account, str(path), 0.4, FIELD)
     with pytest.raises(DataError) as raised:
-        check_account(account, str(path), 0.39)
+        check_account(account, str(path), 0.39, FIELD)
     assert str(raised.value) == (
-        f"{path}: 4 of 10 rows are bad; config.data.max_bad_fraction allows 0.39 of them.\n"
+        f"{FIELD}.path: 4 of 10 rows of {path} are bad; config.data.max_bad_fraction allows 0.39 of them.\n"
         f"       2 malformed_json: {path}:2: JSON is malformed: invalid character (byte 0). Fix or remove the line.\n"
         f"         also {path}:4\n"
         f"       1 content_not_text: {path}:3: completion is a number; expected a string. Fix the row.\n"
@@ -343,16 +366,28 @@ def test_bad_rows_over_the_limit_stop_with_reasons_lines_and_remedies(tmp_path):
 
 def test_rows_dropped_by_choice_are_not_bad(tmp_path):
     path = write(tmp_path, GOOD, GOOD.replace("1 2", "1 " * 20))
-    check_account(prepare(tmp_path, path, too_long="drop").account, str(path), 0.0)
+    check_account(prepare(tmp_path, path, too_long="drop").account, str(path), 0.0, FIELD)
 
 
 def test_a_source_with_nothing_to_train_on_is_refused(tmp_path):
     path = write(tmp_path, GOOD.replace("1 2", "1 " * 20))
-    with pytest.raises(DataError, match=r"none of its 1 rows can be trained on\.\n +1 too_long: .*rows\.jsonl:1: is"):
-        check_account(prepare(tmp_path, path, too_long="drop").account, str(path), 1.0)
+    with pytest.raises(
+        DataError, match=r"none of the 1 rows of .* can be trained on\.\n +1 too_long: .*rows\.jsonl:1: "
+    ):
+        check_account(prepare(tmp_path, path, too_long="drop").account, str(path), 1.0, FIELD)
     empty = write(tmp_path, "", name="empty.jsonl")
-    with pytest.raises(DataError, match="has no rows"):
-        check_account(prepare(tmp_path, empty).account, str(empty), 1.0)
+    with pytest.raises(DataError, match=r"^config\.data\.train\[1\]\.path: .*empty\.jsonl has no rows"):
+        check_account(prepare(tmp_path, empty).account, str(empty), 1.0, FIELD)
+
+
+def test_rows_of_an_array_on_one_line_are_told_apart(tmp_path):
+    path = tmp_path / "rows.json"
+    path.write_text(f"[{GOOD}, {EXPANDS}, 17, {GOOD}]")
+    store = prepare(tmp_path, path, source=dict(format="auto"))
+    assert [str(store.origin(i)) for i in range(len(store))] == [f"{path}:1#1", f"{path}:1#4"]
+    bad = {reason: str(lost.origins[0]) for reason, lost in store.account.bad.items()}
+    assert bad == {"wrong_format": f"{path}:1#2", "not_an_object": f"{path}:1#3"}
+    assert prepare(tmp_path, path).account == store.account  # read again
 
 
 def test_the_report_names_file_and_line(tmp_path):

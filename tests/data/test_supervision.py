@@ -89,14 +89,15 @@ def folder(tiny_byte_level):
 
 def test_calls_and_reasoning_are_trained_and_results_are_not(folder):
     renderer = open_renderer(folder)
-    first, second = renderer.render(WEATHER)  # the template forgets the reasoning of the first turn
+    rendered, counts = renderer.render_row(WEATHER)
+    first, second = (one.example for one in rendered)  # the template forgets the reasoning of the first turn
     arguments = json.dumps(CALL.arguments)
     assert trained(renderer, first) == [
         f"<think>\nAsk the tool.\n</think>\n\n<call>get_weather {arguments}</call><|im_end|>"
     ]
     assert trained(renderer, second) == ["<think>\nNow answer.\n</think>\n\nIt is sunny.<|im_end|>"]
     assert "Sunny, 20." in runs(renderer, second)[0][1]
-    assert renderer.counts == {"turns": 2, "expanded": 1}
+    assert counts == {"expanded": 1}
     for example, turn in ((first, 1), (second, 3)):
         start = int(np.flatnonzero(weights_of(example))[0])
         assert example.ids[:start].tolist() == renderer.prompt_ids(WEATHER.messages[:turn], TOOLS)

@@ -511,8 +511,10 @@ def test_a_file(tokenizer, tmp_path):
     with pytest.raises(ConfigError, match=r"mine\.jinja, line 2: "):
         load_template(str(path), tokenizer, {})
     path.write_bytes(b"caf\xe9")
-    with pytest.raises(ConfigError, match=r"mine\.jinja is not UTF-8"):
+    with pytest.raises(ConfigError, match=r"^config\.data\.chat_template: .*mine\.jinja is not UTF-8"):
         load_template(str(path), tokenizer, {})
+    with pytest.raises(ConfigError, match=r"^config\.data\.chat_template: /proc/self/mem cannot be read: "):
+        load_template("/proc/self/mem", tokenizer, {})
     path.write_text("one\ntwo {{ messages | nothing }}")
     with pytest.raises(ConfigError, match=r"mine\.jinja, line 2: No filter named 'nothing'"):
         load_template(str(path), tokenizer, {})

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from tiny_tokenizers import SENTENCES
 from word_renderer import BOS, FIRST_WORD, ROLE_IDS, STOP, WordRenderer, make_config
 
-from sft_jax.data.rendering import RenderedExample, Renderer
+from sft_jax.data.rendering import Renderer, RenderOptions
 from sft_jax.data.store import open_store
 from sft_jax.data.templates import load_template
 from sft_jax.data.tokenizer import load_tokenizer
@@ -39,6 +39,11 @@ def supervised_ids(examples):
     return [example.targets[example.loss_weights != 0].tolist() for example in examples]
 
 
+def num_turns(renderer, examples):
+    """By their supervised stop tokens."""
+    return sum(int((np.isin(one.targets, renderer.stop_ids) & (one.loss_weights != 0)).sum()) for one in examples)
+
+
 def words(ids):
     return [int(id) - FIRST_WORD for id in ids if id >= FIRST_WORD]
 
@@ -61,7 +66,7 @@ def test_the_example_of_the_module_docstring():
 
 def test_truncate_ends_in_mid_answer():
     row = chat("0 0", "1 2 3 4", "5", "6")
-    ((example,), lost, is_changed) = fit_examples(row, WordRenderer(), 7, "truncate")
+    ((example,), lost, is_changed, *_) = fit_examples(row, WordRenderer(), 7, "truncate")
     assert example.ids.tolist() == [BOS, ROLE_IDS["user"], 10, 10, ROLE_IDS["assistant"], 11, 12, 13]
     assert supervised_ids([example]) == [[11, 12, 13]]
     assert (lost, is_changed) == (Lost(turns=2, tokens=7, supervised_tokens=4), True)
@@ -97,14 +102,14 @@ def test_a_row_of_which_nothing_fits_is_refused_with_what_is_lost(policy, reason
 def test_calls_stay_with_their_results():
     turns = [("user", "0"), ("assistant", "1"), ("tool", "2"), ("assistant", "3"), ("user", "4"), ("assistant", "5")]
     row = Conversation(tuple(Message(role, content) for role, content in turns), ORIGIN)
-    (example,), lost, _ = fit_examples(row, WordRenderer(), 14, "drop_early_turns")  # one too few
+    (example,), lost, *_ = fit_examples(row, WordRenderer(), 14, "drop_early_turns")  # one too few
     assert words(example.ids) == [4, 5]
     assert lost == Lost(turns=2, tokens=10, supervised_tokens=4)
 
 
 def test_only_the_last_turn_of_the_row_is_trained_if_that_is_the_choice():
     renderer = WordRenderer(supervise="last")
-    examples, lost, _ = fit_examples(FIVE, renderer, ROOM_FOR_THREE, "split_turns", supervise="last")
+    examples, lost, *_ = fit_examples(FIVE, renderer, ROOM_FOR_THREE, "split_turns", supervise="last")
     assert [words(example.ids) for example in examples] == [[99, 4, 5, 6, 7, 8, 9]]  # with the history that fits
     assert supervised_ids(examples) == [[FIRST_WORD + 9, STOP]]
     assert lost == Lost(turns=0, tokens=10, supervised_tokens=0)
@@ -113,7 +118,7 @@ def test_only_the_last_turn_of_the_row_is_trained_if_that_is_the_choice():
 def test_turns_without_a_weight_serve_as_history_if_weighted_ones_are_trained():
     row = chat(*"0123456789", weights=[None, 1.0, None, None, 1.0])
     renderer = WordRenderer(supervise="weighted")
-    examples, lost, _ = fit_examples(row, renderer, 10, "split_turns", supervise="weighted")
+    examples, lost, *_ = fit_examples(row, renderer, 10, "split_turns", supervise="weighted")
     assert [words(example.ids) for example in examples] == [[0, 1, 2, 3], [6, 7, 8, 9]]
     assert supervised_ids(examples) == [[FIRST_WORD + 3, STOP], [FIRST_WORD + 9, STOP]]
     assert lost == Lost(turns=0, tokens=5, supervised_tokens=0)
@@ -125,7 +130,7 @@ def test_of_several_examples_only_the_over_long_ones_change(policy):
     renderer = WordRenderer()
     untouched = renderer.render(row)
     assert [len(example) for example in untouched] == [6, 13, 18]
-    examples, lost, _ = fit_examples(row, renderer, 13, policy)
+    examples, lost, *_ = fit_examples(row, renderer, 13, policy)
     assert [example.ids.tolist() for example in examples[:2]] == [example.ids.tolist() for example in untouched[:2]]
     assert words(examples[2].ids) == [2, 3, 3, 3, 4, 5]
     assert supervised_ids(examples) == supervised_ids(untouched)
@@ -135,12 +140,12 @@ def test_of_several_examples_only_the_over_long_ones_change(policy):
 def test_documents():
     document = Document("0 1 2 3 4 5 6", ORIGIN)  # 9 ids
     whole = WordRenderer().render(document)[0]
-    pieces, lost, is_changed = fit_examples(document, WordRenderer(), 3, "split_turns")
+    pieces, lost, is_changed, *_ = fit_examples(document, WordRenderer(), 3, "split_turns")
     assert [len(piece) for piece in pieces] == [3, 3, 2]
     assert np.concatenate([piece.targets for piece in pieces]).tolist() == whole.targets.tolist()
     assert np.concatenate([piece.inputs for piece in pieces]).tolist() == whole.inputs.tolist()
     assert (lost, is_changed) == (Lost(), True)
-    (piece,), lost, _ = fit_examples(document, WordRenderer(), 3, "truncate")
+    (piece,), lost, *_ = fit_examples(document, WordRenderer(), 3, "truncate")
     assert piece.ids.tolist() == [BOS, 10, 11, 12]
     assert lost == Lost(turns=0, tokens=5, supervised_tokens=5)
     for policy in ("error", "drop", "drop_early_turns"):
@@ -151,14 +156,14 @@ def test_documents():
 
 def test_an_example_that_is_cut_keeps_the_sum_of_its_weights():
     class PerExample(WordRenderer):
-        def render_with_turns(self, row):
-            ((example, turns),) = super().render_with_turns(row)
-            example.loss_weights[:] /= example.loss_weights.sum()
-            return [RenderedExample(example, turns)]
+        def render_row(self, row):
+            rendered = super().render_row(row)
+            rendered.examples[0].example.loss_weights[:] /= rendered.examples[0].example.loss_weights.sum()
+            return rendered
 
     row = chat("0", "1 2 3 4 5 6")
     for averaging, expected in (("example", 1.0), ("token", 3 / 7)):
-        (example,), _, _ = fit_examples(row, PerExample(), 6, "truncate", averaging=averaging)
+        (example,), *_ = fit_examples(row, PerExample(), 6, "truncate", averaging=averaging)
         assert example.loss_weights.sum() == pytest.approx(expected)
         assert example.loss_weights.dtype == np.float32
 
@@ -177,8 +182,10 @@ def test_the_store_accounts_for_what_is_lost(tmp_path):
     assert (account.rows_read, account.rows_trained, account.rows_dropped, account.rows_shortened) == (3, 2, 1, 1)
     assert (account.turns_lost, account.tokens_lost, account.supervised_tokens_lost) == (3, 10 + 24, 4 + 2)
     assert (account.tokens, account.supervised_tokens) == (17 + 5, 6 + 2)
+    assert account.turns == 3 + 1  # those that are trained
     account = prepare("split_turns")
     assert (account.rows_trained, account.examples, account.rows_shortened, account.turns_lost) == (2, 3, 1, 1)
+    assert account.turns == 5 + 1
 
 
 # --- Any conversation -------------------------------------------------------------------------------------------------
@@ -216,10 +223,14 @@ def converse(fields):
 def fit(row, renderer, max_seq_len, policy, supervise):
     """(examples, lost); a row that is refused has no examples."""
     try:
-        examples, lost, is_changed = fit_examples(row, renderer, max_seq_len, policy, supervise=supervise)
+        examples, lost, is_changed, turns, counts = fit_examples(
+            row, renderer, max_seq_len, policy, supervise=supervise
+        )
     except OverLongError as error:
         return [], error.lost
     assert examples
+    assert counts == WordRenderer(supervise=supervise).render_row(row).counts
+    assert turns == num_turns(renderer, examples)
     assert is_changed == (max(map(len, WordRenderer(supervise=supervise).render(row))) > max_seq_len)
     return examples, lost
 
@@ -232,7 +243,6 @@ def test_what_is_left_and_what_is_lost_are_the_whole(fields, max_seq_len, policy
     assume(supervise != "weighted" or any(message.loss_weight for message in row.messages))
     before = untouched.render(row)
     examples, lost = fit(row, renderer, max_seq_len, policy, supervise)
-    assert renderer.counts == untouched.counts
     assert all(1 <= len(example) <= max_seq_len for example in examples)
     assert all(example.loss_weights.any() for example in examples)
 
@@ -318,6 +328,25 @@ def llama2(tiny_sentencepiece):
     return Renderer(tokenizer, load_template("llama2", tokenizer, {}))
 
 
+def test_a_weight_of_prompts_alone_makes_no_example(tiny_byte_level):
+    tokenizer = load_tokenizer(str(tiny_byte_level))
+    template = load_template("chatml", tokenizer, {})
+    renderer = Renderer(tokenizer, template, RenderOptions(prompt_loss_weight=0.1))
+    row = chat("Hi " * 5, "Yes.", "And?", "No.")
+    ((whole, turns, answers),), _ = renderer.render_row(row)
+    assert turns == (1, 3)
+    shown = [tokenizer.decode(whole.targets[start:stop].tolist(), continuation=True) for start, stop in answers]
+    assert shown == ["Yes.<|im_end|>", "No.<|im_end|>"]
+    (first, stop), (second, end) = answers
+    for max_seq_len, num_turns in ((first + 1, 0), (stop - 1, 0), (stop, 1), (second, 1), (end - 1, 1)):
+        (piece,), lost, _, kept, _ = fit_examples(row, renderer, max_seq_len, "truncate")
+        assert (len(piece), kept, lost.turns) == (max_seq_len, num_turns, 2 - num_turns)
+    with pytest.raises(OverLongError) as raised:
+        fit_examples(row, renderer, first, "truncate")
+    assert raised.value.reason == "nothing_supervised"
+    assert (raised.value.lost.turns, raised.value.lost.tokens) == (2, len(whole))
+
+
 TEXTS = st.lists(st.sampled_from([*SENTENCES, "Hi", "\n<|im_end|> </s>", "72."]), min_size=2, max_size=10)
 
 
@@ -328,16 +357,13 @@ def test_a_real_template(request, name, texts, system, max_seq_len, policy):
     renderer = request.getfixturevalue(name)
     row = chat(*texts[: len(texts) // 2 * 2], system=system)
     before = renderer.render(row)
-    counts = renderer.counts.copy()
     examples, lost = [], None
     try:
-        examples, lost, _ = fit_examples(row, renderer, max_seq_len, policy)
+        examples, lost, _, turns, counts = fit_examples(row, renderer, max_seq_len, policy)
+        assert counts == renderer.render_row(row).counts
+        assert turns == num_turns(renderer, examples)
     except OverLongError as error:
         lost = error.lost
-    grown = renderer.counts - counts
-    renderer.counts.clear()
-    renderer.render(row)
-    assert grown == +renderer.counts
 
     assert all(1 <= len(example) <= max_seq_len for example in examples)
     assert totals(before)[1] == totals(examples)[1] + lost.supervised_tokens

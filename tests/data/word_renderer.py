@@ -7,7 +7,8 @@ from collections import Counter
 
 from sft_jax.config_schema import Config, DataConfig, RunConfig, SourceConfig
 from sft_jax.data.errors import RowError
-from sft_jax.data.rendering import RenderedExample, Renderer
+from sft_jax.data.example_builder import RenderedExample, RenderedRow
+from sft_jax.data.rendering import Renderer
 from sft_jax.datatypes import Document, TokenizedExample
 
 BOS, STOP, UNKNOWN = 1, 2, 3
@@ -21,7 +22,6 @@ class WordRenderer(Renderer):
     stop_ids = (STOP,)
 
     def __init__(self, unknown_tokens="error", version="words", supervise="all"):
-        self.counts = Counter()
         self.unknown_tokens = unknown_tokens
         self.version = version
         self.supervise = supervise
@@ -32,15 +32,16 @@ class WordRenderer(Renderer):
     def refuse_clock(self):
         pass
 
-    def render_with_turns(self, row):
+    def render_row(self, row):
+        counts = Counter()
         if isinstance(row, Document):
-            ids = [BOS, *self._encode(row.text, row.origin), STOP]
-            return [RenderedExample(TokenizedExample.from_ids(ids, [1.0] * len(ids), row.origin), ())]
+            ids = [BOS, *self._encode(row.text, row.origin, counts), STOP]
+            return RenderedRow([RenderedExample(TokenizedExample.from_ids(ids, [1.0] * len(ids), row.origin))], counts)
         last_turn = max(i for i, message in enumerate(row.messages) if message.role == "assistant")
         rewrites = row.messages[0].content == "rewrites"
-        ids, weights, examples, turns = [BOS], [0.0], [], []
+        ids, weights, examples, turns, answers = [BOS], [0.0], [], [], []
         for i, message in enumerate(row.messages):
-            words = self._encode(message.content, row.origin)
+            words = self._encode(message.content, row.origin, counts)
             weight = message.loss_weight if message.loss_weight is not None else float(self.supervise != "weighted")
             is_trained = message.role == "assistant" and weight > 0 and (self.supervise != "last" or i == last_turn)
             ids += [ROLE_IDS[message.role], *words]
@@ -52,20 +53,22 @@ class WordRenderer(Renderer):
                 examples.append(TokenizedExample.from_ids(list(ids), list(weights), row.origin))
                 weights = [0.0 if rewrites else weight for weight in weights]
                 turns.append(i)
+                answers.append((len(ids) - 2 - len(words), len(ids) - 1))
         if not examples:
             raise RowError("nothing_supervised", row.origin, "has no turn to train on. Remove it.")
         if not rewrites:
-            return [RenderedExample(examples[-1], tuple(turns))]
-        self.counts["expanded"] += len(examples) - 1
-        return [RenderedExample(example, (i,)) for example, i in zip(examples, turns, strict=True)]
+            return RenderedRow([RenderedExample(examples[-1], tuple(turns), tuple(answers))], counts)
+        counts["expanded"] += len(examples) - 1
+        each = zip(examples, turns, answers, strict=True)
+        return RenderedRow([RenderedExample(example, (i,), (answer,)) for example, i, answer in each], counts)
 
-    def _encode(self, text, origin):
+    def _encode(self, text, origin, counts):
         if text == "rewrites":
             return []
         words = text.split()
         if "?" in words and self.unknown_tokens != "keep":
             raise RowError("unknown_token", origin, "has '?', which the tokenizer cannot express. Remove it.")
-        self.counts["unknown_tokens"] += words.count("?")
+        counts += Counter(unknown_tokens=words.count("?"))  # which holds no zeros
         return [UNKNOWN if word == "?" else FIRST_WORD + int(word) for word in words]
 
 

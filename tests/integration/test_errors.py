@@ -109,7 +109,7 @@ def test_bad_rows_exit_3_and_are_counted_once_allowed(folder, capsys, line, reas
     (folder / "chats.jsonl").write_text(f"{TEXT}\n{line}\n{TEXT}\n")
     status, err = run(capsys)
     assert status == 3
-    assert "1 of 3 rows are bad" in err
+    assert "1 of 3 rows of chats.jsonl are bad" in err
     assert reason in err
     assert said in err
     assert run(capsys, "--config.data.max_bad_fraction=0.4") == (0, "")

@@ -102,7 +102,7 @@ def test_a_real_set_trains_and_balances(world, name):
     if refused_for:
         with pytest.raises(DataError) as refusal:
             open_set(name, fields)
-        assert f"{num_taken:,} of {num_taken:,} rows are bad" in str(refusal.value)
+        assert f"{num_taken:,} of {num_taken:,} rows of " in str(refusal.value)
         assert f" {num_taken:,} {refused_for}: " in str(refusal.value)
         fields = field_map_of(str(refusal.value))
     config, data = open_set(name, fields)
