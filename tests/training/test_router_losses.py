@@ -14,7 +14,7 @@ from sft_jax.datatypes import ConfigError
 from sft_jax.model.families import LayerConfig, LayerGroup
 from sft_jax.model.moe_config import MoeConfig
 from sft_jax.model.rope import RopeConfig
-from sft_jax.training.step import make_train_step, sum_batch_loss
+from sft_jax.training.step import sum_batch_loss
 
 MIXTURE = MoeConfig(
     num_experts=8, experts_per_token=3, expert_dim=8, scores="sigmoid", weights_multiplier=2.0, correction_bias=True,
@@ -107,4 +107,4 @@ def test_a_model_without_experts_has_no_such_losses(monkeypatch):
     with pytest.raises(
         ConfigError, match=r"config.loss.router_z_loss_weight: is 0.05, and the model .llama. has no exp"
     ):
-        make_train_step(make_config(loss={"router_z_loss_weight": 0.05}), test_step.MODEL, None, None, None)
+        one_step(make_config(loss={"router_z_loss_weight": 0.05}), make_batch())
