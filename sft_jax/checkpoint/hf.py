@@ -68,7 +68,7 @@ def load_pretrained(
       config: the folder's, from `read_config`, or with a larger vocabulary. New rows of embedding and head are the mean
         of the folder's, so that a new token starts as an average one (https://nlp.stanford.edu/~johnhew/vocab-expansion.html).
       shardings: by parameter path; None: everything on the default device.
-      dtype: of the parameters.
+      dtype: of the parameters, but those that are never narrower than float32.
 
     Raises:
       StorageError: where the folder is not exactly what its config.json describes, or a weight is NaN or infinite.
@@ -78,10 +78,10 @@ def load_pretrained(
         raise ConfigError(f"config.model.param_dtype: is {dtype}, which jax would narrow. Set JAX_ENABLE_X64=1.")
     stored, _ = read_config(folder)
     assert dataclasses.replace(stored, vocab_size=config.vocab_size) == config, f"{folder} holds {stored}"
-    params = {}
+    params, rules = {}, {rule.path: rule for rule in tensor_rules(config)}
     for path, source in grow_sources(open_sources(folder, stored), config).items():
         sharding = shardings[path] if shardings is not None else SingleDeviceSharding(jax.devices()[0])
-        params[path] = place_shards(source.shape, sharding, partial(read_box, source, dtype=dtype))
+        params[path] = place_shards(source.shape, sharding, partial(read_box, source, dtype=rules[path].dtype(dtype)))
     return params
 
 

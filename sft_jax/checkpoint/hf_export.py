@@ -62,7 +62,9 @@ def export_pretrained(
         raise ConfigError(f"export: dtype is {dtype!r}; expected one of {', '.join(EXPORT_DTYPES)}.")
     for rule in tensor_rules(config):
         assert params[rule.path].shape == rule.shape(config), f"{rule.path} is {params[rule.path].shape}"
-    specs = [TensorSpec(name, jnp.dtype(dtype), parts[0].hf_shape(config)) for name, parts, _ in hf_tensors(config)]
+    specs = [
+        TensorSpec(name, parts[0].dtype(dtype), parts[0].hf_shape(config)) for name, parts, _ in hf_tensors(config)
+    ]
     tensors = _one_ahead(_make_tensors(params, config, dtype))
 
     def fill(partial: Path) -> None:
@@ -151,8 +153,8 @@ def _make_tensors(
     params: Mapping[str, Array | ParamSource], config: TransformerConfig, dtype: str
 ) -> Iterator[tuple[str, np.ndarray]]:
     """(name, values) of each tensor of the folder, one at a time on the host; those of the vocabulary in pieces."""
-    kind = jnp.dtype(dtype)
     for name, parts, place in hf_tensors(config):
+        kind = parts[0].dtype(dtype)
         # Of embedding and head our rows are theirs, so that not all need be here.
         shape, is_whole = parts[0].hf_shape(config), parts[0].is_stacked or parts[0].dims != parts[0].hf_dims
         num_rows = shape[0] if is_whole else max(1, _PIECE_BYTES // (kind.itemsize * math.prod(shape[1:])))

@@ -18,6 +18,7 @@ from dataclasses import dataclass
 
 import numpy as np
 from absl import logging
+from numpy.typing import DTypeLike
 
 from sft_jax.checkpoint.stored_tensor import StoredTensor
 from sft_jax.datatypes import StorageError
@@ -42,6 +43,12 @@ class TensorRule:
     """The numbers of the layers that the parameter stacks on a leading dim; (): it belongs to no layer."""
     num_experts: int = 0
     """Experts that it stacks on a second one, each with a tensor of its own; 0: there is no such dim."""
+    keeps_float32: bool = False
+    """Whether it is at least that where others are narrower."""
+
+    def dtype(self, others: DTypeLike) -> np.dtype:
+        """Its dtype in a model or folder whose others are `others`."""
+        return np.promote_types(others, np.float32) if self.keeps_float32 else np.dtype(others)
 
     @property
     def is_stacked(self) -> bool:
@@ -208,7 +215,7 @@ SHARED = (
     TensorRule("mlp.shared.up.kernel", "D S", "mlp.shared_experts.up_proj.weight", "S D"),
     TensorRule("mlp.shared.down.kernel", "S D", "mlp.shared_experts.down_proj.weight", "D S"),
 )
-CORRECTION = (TensorRule("mlp.router.correction", "E", "mlp.gate.e_score_correction_bias", "E"),)
+CORRECTION = (TensorRule("mlp.router.correction", "E", "mlp.gate.e_score_correction_bias", "E", keeps_float32=True),)
 GPT_OSS_MOE = (
     TensorRule("mlp.router.kernel", "D E", "mlp.router.weight", "E D"),
     TensorRule("mlp.router.bias", "E", "mlp.router.bias", "E"),

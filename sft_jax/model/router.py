@@ -22,6 +22,7 @@ from flax import nnx
 from jax.typing import DTypeLike
 
 from sft_jax.model.moe_config import MoeConfig
+from sft_jax.model.rope import at_least_float32
 from sft_jax.typing import Array, Float, Int, Key
 
 
@@ -59,7 +60,7 @@ class Router(nnx.Module):
         if moe.router_bias:
             self.bias = nnx.Param(jnp.zeros(moe.num_experts, dtype))
         if moe.correction_bias:
-            self.correction = nnx.Param(jnp.zeros(moe.num_experts, dtype))
+            self.correction = nnx.Param(jnp.zeros(moe.num_experts, at_least_float32(dtype)))  # it decides near ties
 
     def __call__(self, x: Float[Array, "B L D"]) -> Choice:
         wide = jnp.promote_types(x.dtype, jnp.float32)
