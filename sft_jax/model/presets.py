@@ -94,7 +94,7 @@ _GRANITE3 = {
 }
 _TIED = {"tie_word_embeddings": True}
 
-_TABLE: dict[str, Preset] = {
+TABLE: dict[str, Preset] = {
     # The embedded testbed's base model: 0.87M parameters, pretrained in minutes on a CPU.
     "testbed": _preset("llama", "", (4, 128, 352, 4, 2), 1024, **_LLAMA, **_TIED, max_position_embeddings=1024),
     # Workload W1 of benchmarks/: 15.2M parameters.
@@ -234,5 +234,5 @@ _TABLE: dict[str, Preset] = {
 }  # fmt: skip
 
 PRESETS: dict[str, TransformerConfig] = {
-    name: read_hf_config(preset.fields, preset.source or name) for name, preset in _TABLE.items()
+    name: read_hf_config(preset.fields, preset.source or name) for name, preset in TABLE.items()
 }

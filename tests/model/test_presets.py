@@ -2,7 +2,8 @@ import pytest
 
 from sft_jax.datatypes import ConfigError
 from sft_jax.model.families import num_active_params, num_params
-from sft_jax.model.presets import PRESETS, preset_config
+from sft_jax.model.hf_config import read_hf_config
+from sft_jax.model.presets import PRESETS, TABLE, preset_config
 
 # As the repositories' safetensors count them; of models that see images, what is left of theirs without those parts.
 NUM_PARAMS = {
@@ -28,6 +29,72 @@ NUM_PARAMS = {
 
 def test_presets_have_the_published_sizes():
     assert {name: num_params(config) for name, config in PRESETS.items()} == NUM_PARAMS
+
+
+# What the published files say beside what the table has.
+ALWAYS = {
+    "attention_dropout": 0.0, "initializer_range": 0.02, "use_cache": True, "bos_token_id": 1, "eos_token_id": [2, 3],
+    "torch_dtype": "bfloat16", "transformers_version": "4.46.0",
+}  # fmt: skip
+BESIDE = {
+    "llama3.1-8b": {
+        "architectures": ["LlamaForCausalLM"], "attention_bias": False, "mlp_bias": False, "hidden_act": "silu",
+        "pretraining_tp": 1, "tie_word_embeddings": False,
+    },
+    "mistral-7b-v0.3": {
+        "architectures": ["MistralForCausalLM"], "hidden_act": "silu", "tie_word_embeddings": False, "head_dim": None,
+    },
+    "qwen2.5-7b": {
+        "architectures": ["Qwen2ForCausalLM"], "hidden_act": "silu", "max_window_layers": 28, "rms_norm_eps": 1e-6,
+        "sliding_window": 131_072, "tie_word_embeddings": False, "use_mrope": False, "use_sliding_window": False,
+    },
+    "qwen3-8b": {
+        "architectures": ["Qwen3ForCausalLM"], "attention_bias": False, "hidden_act": "silu", "max_window_layers": 36,
+        "rms_norm_eps": 1e-6, "rope_scaling": None, "sliding_window": None, "tie_word_embeddings": False,
+        "use_sliding_window": False,
+    },
+    "gemma-2b": {
+        "architectures": ["GemmaForCausalLM"], "attention_bias": False, "head_dim": 256, "hidden_act": "gelu",
+        "max_position_embeddings": 8192, "pad_token_id": 0, "rms_norm_eps": 1e-6, "rope_scaling": None,
+        "rope_theta": 10_000.0,
+    },
+    "gemma2-9b": {
+        "architectures": ["Gemma2ForCausalLM"], "attention_bias": False, "attn_logit_softcapping": 50.0,
+        "cache_implementation": "hybrid", "final_logit_softcapping": 30.0, "head_dim": 256,
+        "hidden_act": "gelu_pytorch_tanh", "hidden_activation": "gelu_pytorch_tanh", "max_position_embeddings": 8192,
+        "pad_token_id": 0, "query_pre_attn_scalar": 256, "rms_norm_eps": 1e-6, "rope_theta": 10_000.0,
+        "sliding_window": 4096, "sliding_window_size": 4096,
+    },
+    "gemma3-1b": {
+        "architectures": ["Gemma3ForCausalLM"], "attention_bias": False, "attn_logit_softcapping": None,
+        "cache_implementation": "hybrid", "final_logit_softcapping": None, "head_dim": 256,
+        "hidden_activation": "gelu_pytorch_tanh", "pad_token_id": 0, "query_pre_attn_scalar": 256, "rms_norm_eps": 1e-6,
+        "rope_local_base_freq": 10_000, "rope_scaling": None, "rope_theta": 1_000_000, "sliding_window_pattern": 6,
+    },
+    "phi3-mini-4k": {
+        "_name_or_path": "Phi-3-mini-4k-instruct", "architectures": ["Phi3ForCausalLM"], "attention_bias": False,
+        "auto_map": {
+            "AutoConfig": "configuration_phi3.Phi3Config", "AutoModelForCausalLM": "modeling_phi3.Phi3ForCausalLM",
+        },
+        "embd_pdrop": 0.0, "hidden_act": "silu", "max_position_embeddings": 4096,
+        "original_max_position_embeddings": 4096, "pad_token_id": 32_000, "resid_pdrop": 0.0, "rms_norm_eps": 1e-5,
+        "rope_scaling": None, "rope_theta": 10_000.0, "tie_word_embeddings": False,
+    },
+    "olmo2-7b": {
+        "architectures": ["Olmo2ForCausalLM"], "attention_bias": False, "hidden_act": "silu", "pad_token_id": 100_277,
+        "rope_scaling": None, "tie_word_embeddings": False,
+    },
+    "granite3.1-8b": {
+        "architectures": ["GraniteForCausalLM"], "attention_bias": False, "hidden_act": "silu", "mlp_bias": False,
+        "pad_token_id": 0, "rope_scaling": None,
+    },
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("preset", BESIDE)
+def test_published_files_are_read_whole(preset):
+    fields = TABLE[preset].fields | ALWAYS | BESIDE[preset]
+    assert read_hf_config(fields, "config.json") == PRESETS[preset]
 
 
 def test_overrides_change_a_preset():

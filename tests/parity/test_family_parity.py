@@ -29,6 +29,7 @@ from torch_reference import (  # noqa: E402
     loss_of,
     random_model,
     random_packed_batch,
+    rebuilt,
     segment_logits,
     segments_of,
 )
@@ -36,6 +37,7 @@ from torch_reference import (  # noqa: E402
 pytestmark = pytest.mark.parity
 
 NUM_QUICK, NUM_DRAWN = 3, 28
+_TOKEN_IDS = ("bos_token_id", "eos_token_id", "pad_token_id")
 _QUICK_TO_COMPILE = {"xla_backend_optimization_level": 0}  # each runs once
 SEGMENT_LENGTHS = ((40,), (26, 14), (5, 17, 11))  # some of them past random_configs.ORIGINAL_LENGTH
 DRAWS = [
@@ -76,6 +78,9 @@ def test_packed_logits_and_loss_equal_those_of_each_segment_alone(
     worst = max(np.abs(ours - theirs.numpy()).max() for ours, theirs in pairs) / min(1, scale)
     record_property("logit_difference", worst)
     assert worst <= 2e-4
+    again = rebuilt(model, to_hf_config(config, "float32") | {name: fields[name] for name in _TOKEN_IDS})
+    *_, last = segments_of(batch)
+    assert torch.equal(segment_logits(again, batch, last), pairs[-1][1])  # what we export means the same there
     expected = loss_of([theirs for _, theirs in pairs], batch)
     record_property("loss_difference", abs(loss - expected) / expected)
     assert loss == pytest.approx(expected, rel=2e-6)
