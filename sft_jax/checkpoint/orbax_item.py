@@ -54,8 +54,10 @@ class OrbaxSource(ParamSource):
                 values = np.asarray(self._array[place].read().result())
             except (ValueError, OSError) as error:
                 raise StorageError(f"{self} cannot be read: {error}. Restore the folder from where it came.") from error
+            with np.errstate(over="ignore"):  # refused below
+                values = values.astype(out.dtype, copy=False)
+            check_finite(values, self)
             copy_in_blocks(out[box], values)
-        check_finite(out, self)
 
 
 class _Metadata(msgspec.Struct):

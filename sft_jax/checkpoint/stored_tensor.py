@@ -14,7 +14,8 @@ Index = tuple[slice, ...]
 Select = Callable[[np.ndarray], np.ndarray]
 """A view of its argument: dims split, transposed, sliced; never a copy."""
 
-_CACHE_BYTES = 2**18  # a quarter of a usual L2 cache
+_ROWS, _CAST_ROWS = 16, 64  # by trial: half or twice as many of 2 bytes take 1.2 or 1.5 times as long
+_CACHE_BYTES, _BLOCK_BYTES = 2**20, 2**18
 _EXPONENTS = {"float16": 0x7C00, "bfloat16": 0x7F80, "float32": 0x7F80_0000, "float64": 0x7FF0 << 48}
 
 
@@ -58,18 +59,26 @@ def _unravel(offset: int, shape: tuple[int, ...]) -> tuple[int, ...]:
 
 
 def copy_in_blocks(out: np.ndarray, values: np.ndarray) -> None:
-    """`out[...] = values` for a transposed view, about four times as fast: a few rows of it at a time, which a core's
-    cache holds, so that each page of a file is read once and in order."""
+    """`out[...] = values` for a transposed view, about five times as fast: a few rows of its memory at a time, so that
+    each page of a file is read once and in order, and what is written together lies together."""
     out, values = out.squeeze(), values.squeeze()
-    if not values.ndim:
-        out[...] = values
-        return
     if out.dtype == values.dtype and out.dtype.itemsize == 2:  # numpy copies its own types faster than ml_dtypes'
         out, values = out.view(np.uint16), values.view(np.uint16)
-    outermost = int(np.argmax(values.strides))
-    step = max(1, _CACHE_BYTES // max(values.strides[outermost], 1))
-    out, values = np.moveaxis(out, outermost, 0), np.moveaxis(values, outermost, 0)
     with np.errstate(over="ignore", invalid="ignore"):  # the caller refuses what overflows
+        _copy(out, values)
+
+
+def _copy(out: np.ndarray, values: np.ndarray) -> None:
+    if values.ndim < 2 or np.array_equal(np.argsort(out.strides), np.argsort(values.strides)):
+        out[...] = values
+        return
+    outermost = int(np.argmax(values.strides))
+    out, values = np.moveaxis(out, outermost, 0), np.moveaxis(values, outermost, 0)
+    if values.ndim > 2 and values.strides[0] * _ROWS > _CACHE_BYTES:
+        for part, row in zip(out, values, strict=True):
+            _copy(part, row)
+    else:
+        step = _ROWS if out.dtype == values.dtype else _CAST_ROWS
         for start in range(0, len(values), step):
             out[start : start + step] = values[start : start + step]
 
@@ -78,7 +87,7 @@ def all_finite(values: np.ndarray) -> bool:
     """Whether no value is NaN or infinite: `np.isfinite(values).all()`, several times as fast and without its copy."""
     mask = _EXPONENTS[values.dtype.name]
     kind = np.dtype(f"u{values.dtype.itemsize}")
-    bits = np.ascontiguousarray(values).reshape(-1).view(kind)
-    step = _CACHE_BYTES // kind.itemsize
+    bits = values.view(kind).ravel(order="K")
+    step = _BLOCK_BYTES // kind.itemsize
     blocks = (bits[start : start + step] for start in range(0, len(bits), step))
     return not any(((block & kind.type(mask)) == mask).any() for block in blocks)
