@@ -37,5 +37,5 @@ clean:
 .venv-parity/ready: pyproject.toml constraints.txt
 	$(PYTHON) -m venv .venv-parity
 	$(PARITY)/python -m pip install --quiet torch==2.13.0
-	$(PARITY)/python -m pip install --quiet $(CONSTRAIN) transformers==5.23.0 -e '.[test]'
+	$(PARITY)/python -m pip install --quiet $(CONSTRAIN) transformers==5.23.0 peft==0.21.2 qwix==0.1.8 -e '.[test]'
 	touch $@

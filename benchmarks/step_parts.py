@@ -37,7 +37,7 @@ def main() -> None:
     renderer = open_renderer(config)
     placed, data = place_model(config, renderer), open_train_data(config, renderer)
     batch = next(place_batches(data, placed.mesh, config.batch.batch_size)(0))
-    params = placed.open_params()
+    params, _ = placed.open_params()
     hidden = jnp.ones((*batch.inputs.shape, placed.model.embed_dim))
 
     def layers(params: Any) -> jax.Array:

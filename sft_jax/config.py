@@ -124,6 +124,7 @@ def _non_none(hint: Any) -> Any:
 
 _CHOICES: dict[str, tuple[str, ...]] = {
     "model.param_dtype": ("float32", "bfloat16", "float64"),
+    "model.frozen_dtype": ("", "float32", "bfloat16", "float64"),
     "model.compute_dtype": ("float32", "bfloat16", "float64"),
     "model.attention": ("reference",),
     "model.remat": ("none", "dots", "full"),
@@ -135,6 +136,7 @@ _CHOICES: dict[str, tuple[str, ...]] = {
     "data.too_long": ("error", "drop", "drop_early_turns", "split_turns", "truncate"),
     "data.unknown_tokens": ("error", "drop", "keep"),
     "data.eval_overlap": ("error", "drop", "keep"),
+    "lora.quantize": ("none", "int8", "int4", "nf4"),
     "optimizer.name": ("adamw", "adafactor", "lion", "sgd"),
     "optimizer.accum_dtype": ("float32", "bfloat16", "float64"),
     "schedule.name": ("cosine", "linear", "constant", "wsd"),
@@ -150,6 +152,7 @@ _AT_LEAST: dict[str, float] = {
     "model.neftune_alpha": 0, "optimizer.learning_rate": 0, "optimizer.weight_decay": 0, "optimizer.grad_clip_norm": 0,
     "optimizer.max_skipped_steps": 1, "schedule.num_epochs": 1, "schedule.num_steps": 1, "schedule.warmup_steps": 0,
     "schedule.warmup_fraction": 0, "schedule.final_fraction": 0, "schedule.decay_fraction": 0,
+    "lora.rank": 0, "lora.dropout": 0,
     "evaluation.every_steps": 0, "evaluation.stop_patience": 1, "checkpoint.every_steps": 0,
     "checkpoint.keep_latest": 1, "log.every_steps": 1, "data.max_bad_fraction": 0, "run.seed": 0,
     "data.prompt_loss_weight": 0,
@@ -227,14 +230,16 @@ def validate(config: Config) -> list[str]:
         require(get(path) in eval_names, path, f"is {get(path)!r}; no set in data.eval has that name.")
     rows, parts = batch.batch_size, batch.grad_accum_steps
     require(parts < 1 or rows % parts == 0, "batch.grad_accum_steps", f"{parts} does not divide batch_size {rows}.")
-    for path in ("loss.label_smoothing", "optimizer.b1", "optimizer.b2"):
+    for path in ("loss.label_smoothing", "optimizer.b1", "optimizer.b2", "lora.dropout"):
         require(get(path) is None or get(path) < 1, path, f"is {get(path)}; expected below 1.")
     require(bool(config.run.dir), "run.dir", "is empty. Name a folder for the run.")
-    for pattern in model.freeze:
-        try:
-            re.compile(pattern)
-        except re.error as error:
-            require(False, "model.freeze", f"{pattern!r} is no regular expression: {error}.")
+    for path in ("model.freeze", "lora.targets", "lora.modules_to_save"):
+        for pattern in get(path):
+            try:
+                re.compile(pattern)
+            except re.error as error:
+                require(False, path, f"{pattern!r} is no regular expression: {error}.")
+    errors.extend(_check_lora(config))
     sizes = [getattr(mesh, axis) for axis in MESH_AXES]
     for axis, size in zip(MESH_AXES, sizes, strict=True):
         require(size == -1 or size >= 1, f"mesh.{axis}", f"is {size}; expected at least 1, or -1 for what is left.")
@@ -243,6 +248,31 @@ def validate(config: Config) -> list[str]:
     steps = config.log.profile_steps
     ordered = not steps or (len(steps) == 2 and 0 <= steps[0] <= steps[1])
     require(ordered, "log.profile_steps", f"is {steps}; expected (first, last), or () for none.")
+    return errors
+
+
+def _check_lora(config: Config) -> list[str]:
+    """The errors of `config.lora` beyond ranges: no option there is ignored."""
+    lora, model = config.lora, config.model
+    errors = []
+    if lora.rank == 0:
+        default = type(lora)()
+        changed = [f.name for f in dataclasses.fields(lora) if getattr(lora, f.name) != getattr(default, f.name)]
+        errors += [f"config.lora.{name}: is set, and lora.rank is 0. Set a rank, such as 16." for name in changed]
+        if model.frozen_dtype and not model.freeze:
+            errors.append("config.model.frozen_dtype: is set, and nothing is frozen. Set param_dtype, or lora.rank.")
+        return errors
+    if lora.alpha <= 0:
+        errors.append(f"config.lora.alpha: is {lora.alpha}; expected more than 0.")
+    if not lora.targets:
+        errors.append("config.lora.targets: is empty. Name the linear maps that get an adapter, such as 'q_proj'.")
+    if model.freeze:
+        errors.append(
+            "config.model.freeze: is set, and lora.rank too, with which all but adapters and lora.modules_to_save is "
+            "frozen. Set one of them."
+        )
+    if lora.quantize != "none" and not model.path:
+        errors.append(f"config.lora.quantize: is {lora.quantize!r}, and model.path is empty: no base to quantize.")
     return errors
 
 

@@ -4,6 +4,7 @@ import dataclasses
 import functools
 import hashlib
 import json
+import math
 import re
 from dataclasses import dataclass, field
 from typing import Any
@@ -34,6 +35,8 @@ class ModelConfig:
     """Fields of the preset to change, for example `dict(num_layers=2)`; refused with `path`."""
     param_dtype: str = "float32"
     """dtype of the parameters that train."""
+    frozen_dtype: str = ""
+    """dtype of those that do not; empty: param_dtype. With bfloat16 a frozen base takes half the memory of float32."""
     compute_dtype: str = "bfloat16"
     """dtype of activations and matmuls; the loss is at least float32 in any case."""
     attention: str = "reference"
@@ -215,6 +218,36 @@ class ScheduleConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
+class LoraConfig:
+    """Adapters (LoRA, arXiv:2106.09685): the base is frozen, and each target learns a product of two small matrices."""
+
+    rank: int = 0
+    """Rank of the adapters; 0: none, and all parameters train that model.freeze leaves."""
+    alpha: float = 16.0
+    """What adapters add is multiplied by alpha / rank."""
+    dropout: float = 0.0
+    """Share of what an adapter reads that is dropped while training; what the base reads is whole."""
+    use_rslora: bool = False
+    """Multiply by alpha / sqrt(rank) instead (arXiv:2312.03732), which suits large ranks."""
+    use_dora: bool = False
+    """Learn the lengths of the kernels' columns apart from their directions (arXiv:2402.09353)."""
+    targets: tuple[str, ...] = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
+    """Linear maps of the layers that get an adapter: regular expressions for the end of their path from a dot on, in
+    our names (`attention.query`) or in those of Hugging Face folders (`self_attn.q_proj`)."""
+    modules_to_save: tuple[str, ...] = ()
+    """Modules that train whole, named likewise: `embed_tokens` (needed with new tokens), `lm_head`, `.*norm`."""
+    quantize: str = "none"
+    """How the frozen kernels of the layers are held: none (in model.frozen_dtype), int8, int4 or nf4, in blocks of 64
+    with a scale each (QLoRA, arXiv:2305.14314)."""
+    init_from: str = ""
+    """Folder of an adapter to go on from, as PEFT and `sft-jax export --adapter` write; empty: a new one."""
+
+    @property
+    def scale(self) -> float:
+        return self.alpha / (math.sqrt(self.rank) if self.use_rslora else self.rank) if self.rank else 1.0
+
+
+@dataclass(frozen=True, kw_only=True)
 class MeshConfig:
     """Devices along each mesh axis; one axis may be -1 and takes what is left."""
 
@@ -267,6 +300,7 @@ class Config:
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
     schedule: ScheduleConfig = field(default_factory=ScheduleConfig)
     mesh: MeshConfig = field(default_factory=MeshConfig)
+    lora: LoraConfig = field(default_factory=LoraConfig)
     evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
     log: LogConfig = field(default_factory=LogConfig)

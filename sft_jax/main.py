@@ -15,6 +15,7 @@ from rich.console import Console
 from sft_jax.checkpoint.hf_export import check_export_target, export_pretrained
 from sft_jax.checkpoint.manager import CheckpointManager
 from sft_jax.checkpoint.model_card import make_model_card
+from sft_jax.checkpoint.peft import export_adapter
 from sft_jax.command_line import config_parser, read_config, run_command
 from sft_jax.config import warnings_for
 from sft_jax.config_schema import Config
@@ -26,6 +27,7 @@ from sft_jax.experiment import (
     ModelOnMesh,
     open_evaluators,
     open_renderer,
+    open_sources_of_step,
     open_start,
     open_train_data,
     place_batches,
@@ -116,6 +118,8 @@ def run(config: Config, console: Console | None = None) -> epath.Path:
         )
     if config.checkpoint.export:
         params, template = {**state.params, **frozen}, renderer.template.text
+        if config.lora.rank:  # from disk: a merged model beside this one would want its memory twice
+            _, params = open_sources_of_step(config, renderer, manager, int(state.step))
         dtype = config.model.param_dtype
         export_pretrained(
             run_dir / "export",
@@ -128,6 +132,9 @@ def run(config: Config, console: Console | None = None) -> epath.Path:
             model_card=make_model_card(run_dir, int(state.step)) if jax.process_index() == 0 else "",
         )
         console.print(f"exported to {run_dir / 'export'}", soft_wrap=True)
+        if config.lora.rank:
+            export_adapter(run_dir / "adapter", state.params, placed.model, config.lora, config.model.path, dtype)
+            console.print(f"adapter alone in {run_dir / 'adapter'}", soft_wrap=True)
     return run_dir
 
 
@@ -178,7 +185,7 @@ def describe_run(console: Console, placed: ModelOnMesh, data: PackedDataset, ren
     report = data.report
     lines = {
         "mesh": f"{axes} ({jax.devices()[0].device_kind})",
-        "parameters": f"{num_params(placed.model):,}, of which {trained:,} train",
+        "parameters": f"{num_params(placed.model):,}, and {trained:,} train",
         "state": f"{state_bytes / 2**20:,.1f} MiB per device: trained parameters and optimizer",
         "data": f"{report['examples']:,} examples in {report['rows_per_epoch']:,} rows, "
         f"{report['fill_fraction']:.1%} full, {report['supervised_fraction']:.1%} of tokens supervised",

@@ -35,6 +35,7 @@ RULES: dict[str | None, tuple[str, ...]] = {
     "vocab": ("tensor",),
     "head_dim": (),
     "layers": (),
+    "rank": (),  # of adapters: too small to split
     "norm": (),  # scales are small: a copy on every device
 }
 BATCH_AXES = RULES["batch"]

@@ -124,13 +124,23 @@ def test_defaults_convert():
             [dict(path="a.jsonl", split="held_out", held_out_fraction=0.1)],
             "config.data.eval[0].path: a.jsonl is config.data.train[0].path too",
         ),
+        ("model.frozen_dtype", "float16", "config.model.frozen_dtype: is 'float16'; expected one of"),
+        ("model.frozen_dtype", "bfloat16", "config.model.frozen_dtype: is set, and nothing is frozen"),
+        ("lora.rank", -1, "config.lora.rank: is -1; expected at least 0"),
+        ("lora.dropout", 0.1, "config.lora.dropout: is set, and lora.rank is 0"),
+        ("lora", dict(rank=4, dropout=1.0), "config.lora.dropout: is 1.0; expected below 1"),
+        ("lora", dict(rank=4, alpha=0.0), "config.lora.alpha: is 0.0; expected more than 0"),
+        ("lora", dict(rank=4, targets=()), "config.lora.targets: is empty"),
+        ("lora", dict(rank=4, targets=("q_proj(",)), "config.lora.targets: 'q_proj(' is no regular expression"),
+        ("lora", dict(rank=4, quantize="fp4"), "config.lora.quantize: is 'fp4'; expected one of none, int8, int4, nf4"),
+        ("lora", dict(rank=4, quantize="nf4"), "config.lora.quantize: is 'nf4', and model.path is empty"),
         ("data.role_map", dict(gpt="model"), "config.data.role_map.gpt: is 'model'; expected one of system"),
     ],
 )
 def test_refuses(path, value, message):
     config = good_config()
-    section, name = path.split(".")
-    config[section][name] = value
+    section, *names = path.split(".")
+    config[section].update({names[0]: value} if names else value)
     with pytest.raises(ConfigError) as error:
         from_config_dict(config)
     assert message in str(error.value)

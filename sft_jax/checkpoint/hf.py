@@ -24,12 +24,14 @@ from sft_jax.checkpoint.hf_names import EMBEDDING, HEAD, TensorRule, match_tenso
 from sft_jax.checkpoint.model_files import Folder, ModelFile, file_in
 from sft_jax.checkpoint.mxfp4 import join_mxfp4
 from sft_jax.checkpoint.param_source import GrownSource, ParamSource, check_finite, place_shards, read_box
+from sft_jax.checkpoint.quantized_source import HeldArray, QuantizedSource
 from sft_jax.checkpoint.safetensors_io import TensorInfo, read_index
 from sft_jax.checkpoint.stored_tensor import Index, StoredTensor
 from sft_jax.datatypes import ConfigError, StorageError
+from sft_jax.model import quantized
 from sft_jax.model.families import TransformerConfig
 from sft_jax.model.hf_config import read_hf_config
-from sft_jax.model.transformer import Params
+from sft_jax.model.transformer import Params, linears
 
 _MAX_CONFIG_BYTES = 2**20
 _SAMPLED_BYTES = 1024
@@ -57,7 +59,7 @@ def load_pretrained(
     folder: Folder,
     config: TransformerConfig,
     shardings: Mapping[str, Sharding] | None,
-    dtype: str,
+    dtype: str | Mapping[str, str],
 ) -> Params:
     """Read a folder's weights, each device's part straight onto it.
 
@@ -68,21 +70,35 @@ def load_pretrained(
       config: the folder's, from `read_config`, or with a larger vocabulary. New rows of embedding and head are the mean
         of the folder's, so that a new token starts as an average one (https://nlp.stanford.edu/~johnhew/vocab-expansion.html).
       shardings: by parameter path; None: everything on the default device.
-      dtype: of the parameters, but those that are never narrower than float32.
+      dtype: of the parameters (`router.keeps_float32` has exceptions), or of each by path. A kernel's may be a format
+        of model/quantized.py: it is quantized as it is read, and its codes and scales stand in its place,
+        `....query.nf4` and `....query.scales`.
 
     Raises:
       StorageError: where the folder is not exactly what its config.json describes, or a weight is NaN or infinite.
       ConfigError: for float64 without `jax_enable_x64`.
     """
-    if jax.dtypes.canonicalize_dtype(dtype) != jnp.dtype(dtype):
-        raise ConfigError(f"config.model.param_dtype: is {dtype}, which jax would narrow. Set JAX_ENABLE_X64=1.")
+    dtypes = {r.path: r.dtype(dtype).name for r in tensor_rules(config)} if isinstance(dtype, str) else dtype
+    if "float64" in dtypes.values() and jax.dtypes.canonicalize_dtype("float64") != jnp.float64:
+        raise ConfigError("config.model.param_dtype: is float64, which jax would narrow. Set JAX_ENABLE_X64=1.")
     stored, _ = read_config(folder)
     assert dataclasses.replace(stored, vocab_size=config.vocab_size) == config, f"{folder} holds {stored}"
-    params, rules = {}, {rule.path: rule for rule in tensor_rules(config)}
+    params = {}
     for path, source in grow_sources(open_sources(folder, stored), config).items():
-        sharding = shardings[path] if shardings is not None else SingleDeviceSharding(jax.devices()[0])
-        params[path] = place_shards(source.shape, sharding, partial(read_box, source, dtype=rules[path].dtype(dtype)))
+        for name, array in held_arrays(path, source, dtypes[path], config).items():
+            sharding = shardings[name] if shardings is not None else SingleDeviceSharding(jax.devices()[0])
+            params[name] = place_shards(array.shape, sharding, array.read)
     return params
+
+
+def held_arrays(path: str, source: ParamSource, dtype: str, config: TransformerConfig) -> dict[str, HeldArray]:
+    """The one array of most parameters, by path; or the codes and the scales of a quantized kernel."""
+    if dtype not in quantized.FORMATS:
+        return {path: HeldArray(source.shape, partial(read_box, source, dtype=dtype))}
+    module = path.removesuffix(".kernel")
+    axis = len(source.shape) - len(linears(config)[module].out_dims) - 1
+    blocks = QuantizedSource(source, axis, quantized.block_size(source.shape[axis], module), dtype)
+    return {f"{module}.{dtype}": blocks.codes(), f"{module}.{quantized.SCALES}": blocks.scales()}
 
 
 def open_sources(folder: Folder, stored: TransformerConfig) -> dict[str, ParamSource]:

@@ -25,6 +25,7 @@ from sft_jax.datatypes import StorageError
 from sft_jax.model.families import LayerConfig, TransformerConfig, find_moe
 from sft_jax.model.latent_config import LatentConfig
 from sft_jax.model.moe_config import MoeConfig
+from sft_jax.model.router import keeps_float32
 
 
 @dataclass(frozen=True)
@@ -43,12 +44,10 @@ class TensorRule:
     """The numbers of the layers that the parameter stacks on a leading dim; (): it belongs to no layer."""
     num_experts: int = 0
     """Experts that it stacks on a second one, each with a tensor of its own; 0: there is no such dim."""
-    keeps_float32: bool = False
-    """Whether it is at least that where others are narrower."""
 
     def dtype(self, others: DTypeLike) -> np.dtype:
         """Its dtype in a model or folder whose others are `others`."""
-        return np.promote_types(others, np.float32) if self.keeps_float32 else np.dtype(others)
+        return np.promote_types(others, np.float32) if keeps_float32(self.path) else np.dtype(others)
 
     @property
     def is_stacked(self) -> bool:
@@ -215,7 +214,7 @@ SHARED = (
     TensorRule("mlp.shared.up.kernel", "D S", "mlp.shared_experts.up_proj.weight", "S D"),
     TensorRule("mlp.shared.down.kernel", "S D", "mlp.shared_experts.down_proj.weight", "D S"),
 )
-CORRECTION = (TensorRule("mlp.router.correction", "E", "mlp.gate.e_score_correction_bias", "E", keeps_float32=True),)
+CORRECTION = (TensorRule("mlp.router.correction", "E", "mlp.gate.e_score_correction_bias", "E"),)
 GPT_OSS_MOE = (
     TensorRule("mlp.router.kernel", "D E", "mlp.router.weight", "E D"),
     TensorRule("mlp.router.bias", "E", "mlp.router.bias", "E"),

@@ -80,12 +80,28 @@ def _describe_training(
         "optimizer": f"{optimizer['name']}, learning rate {optimizer['learning_rate']:g}, {schedule['name']} schedule, "
         f"weight decay {optimizer['weight_decay']:g}, gradients clipped at {optimizer['grad_clip_norm']:g}",
         "numbers": f"parameters {model['param_dtype']}, computation {model['compute_dtype']}",
-        "frozen": ", ".join(f"`{pattern}`" for pattern in model["freeze"]) or "nothing",
+        "frozen": _describe_lora(config["lora"]) or _in_backticks(model["freeze"]) or "nothing",
         "seed": str(config["run"]["seed"]),
         "devices": f"{devices['count']} x {devices['kind']}, {devices['processes']} processes",
         "versions": f"sft_jax {versions['sft_jax']}, jax {versions['jax']}",
         "config": f"digest `{provenance['config_digest']}`",
     }
+
+
+def _describe_lora(lora: Mapping[str, Any]) -> str:
+    if not lora["rank"]:
+        return ""
+    kind = ("rs" if lora["use_rslora"] else "") + ("DoRA" if lora["use_dora"] else "LoRA")
+    held = "" if lora["quantize"] == "none" else f", its kernels in {lora['quantize']},"
+    whole = f" {_in_backticks(lora['modules_to_save'])} trained whole." if lora["modules_to_save"] else ""
+    return (
+        f"the base{held} but for adapters that are merged here: {kind} of rank {lora['rank']}, "
+        f"alpha {lora['alpha']:g}, on {_in_backticks(lora['targets'])}.{whole}"
+    )
+
+
+def _in_backticks(patterns: Sequence[str]) -> str:
+    return ", ".join(f"`{pattern}`" for pattern in patterns)
 
 
 def _describe_results(records: Sequence[Mapping[str, Any]]) -> str:

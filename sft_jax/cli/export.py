@@ -9,10 +9,11 @@ from etils import epath
 from sft_jax.checkpoint.hf_export import EXPORT_DTYPES, export_pretrained
 from sft_jax.checkpoint.manager import CheckpointManager
 from sft_jax.checkpoint.model_card import make_model_card
+from sft_jax.checkpoint.peft import export_adapter
 from sft_jax.command_line import run_command
 from sft_jax.config import from_config_dict
-from sft_jax.datatypes import StorageError
-from sft_jax.experiment import open_renderer, open_sources_of_step
+from sft_jax.datatypes import ConfigError, StorageError
+from sft_jax.experiment import open_renderer, open_sources_of_step, place_model
 
 
 def main(args: list[str]) -> int:
@@ -25,6 +26,9 @@ def main(args: list[str]) -> int:
     parser.add_argument("--run", required=True, metavar="DIR", help="the run directory")
     parser.add_argument("--to", required=True, metavar="DIR", help="the new folder")
     parser.add_argument("--step", type=int, metavar="N", help="default: the newest")
+    parts = parser.add_mutually_exclusive_group()
+    parts.add_argument("--adapter", action="store_true", help="of a LoRA run: the adapter alone, as peft loads it")
+    parts.add_argument("--merge", action="store_true", help="of a LoRA run: the whole model, adapter merged (default)")
     parser.add_argument("--dtype", choices=EXPORT_DTYPES, help="default: config.model.param_dtype of the run")
     options = parser.parse_args(args)
 
@@ -37,7 +41,16 @@ def main(args: list[str]) -> int:
     if step is None:
         raise StorageError(f"--run={run_dir}: has no finished checkpoint yet.")
 
+    if (options.adapter or options.merge) and not config.lora.rank:
+        raise ConfigError(f"--run={run_dir}: has no adapter (config.lora.rank is 0). Leave --adapter and --merge out.")
     renderer = open_renderer(config)
+    dtype = options.dtype or config.model.param_dtype
+    if options.adapter:
+        placed = place_model(config, renderer)
+        trained = manager.restore_params(step, placed.abstract_state.params)
+        export_adapter(options.to, trained, placed.model, config.lora, config.model.path, dtype)
+        print(f"adapter of step {step} exported to {options.to}")
+        return 0
     model, sources = open_sources_of_step(config, renderer, manager, step)
     export_pretrained(
         options.to,
@@ -46,7 +59,7 @@ def main(args: list[str]) -> int:
         renderer.tokenizer,
         renderer.template.text,
         renderer.stop_ids,
-        options.dtype or config.model.param_dtype,
+        dtype,
         model_card=make_model_card(run_dir, step),
     )
     print(f"step {step} exported to {options.to}")

@@ -26,6 +26,11 @@ from sft_jax.model.rope import at_least_float32
 from sft_jax.typing import Array, Float, Int, Key
 
 
+def keeps_float32(path: str) -> bool:
+    """Whether a parameter is at least that where others are narrower: the correction, which decides near ties."""
+    return path.endswith(".router.correction")
+
+
 class Choice(NamedTuple):
     """The experts of each token."""
 
@@ -60,7 +65,7 @@ class Router(nnx.Module):
         if moe.router_bias:
             self.bias = nnx.Param(jnp.zeros(moe.num_experts, dtype))
         if moe.correction_bias:
-            self.correction = nnx.Param(jnp.zeros(moe.num_experts, at_least_float32(dtype)))  # it decides near ties
+            self.correction = nnx.Param(jnp.zeros(moe.num_experts, at_least_float32(dtype)))
 
     def __call__(self, x: Float[Array, "B L D"]) -> Choice:
         wide = jnp.promote_types(x.dtype, jnp.float32)

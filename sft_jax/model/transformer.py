@@ -38,11 +38,12 @@ from jax.sharding import AbstractMesh, Mesh
 from jax.typing import DTypeLike
 
 from sft_jax.datatypes import ConfigError
+from sft_jax.model.adapter_use import AdapterUse, stack_keys
 from sft_jax.model.attention import Rows, Scores, attend, segment_lengths
 from sft_jax.model.decoder_layer import DecoderLayer
 from sft_jax.model.families import LayerConfig, TransformerConfig, list_layers
 from sft_jax.model.layers import Attend, make_norm
-from sft_jax.model.linear import Linear
+from sft_jax.model.linear import OPTIONAL, Linear
 from sft_jax.model.rope import Rope, RopeConfig, rope_for, rotate
 from sft_jax.model.router import RouterSums, TokenWeights, join_sums
 from sft_jax.sharding import constrain
@@ -283,15 +284,39 @@ def _rematerialized(body: Callable[..., Any], name: str) -> Callable[..., Any]:
     raise ConfigError(f"config.model.remat: is {name!r}; expected none, dots or full.")
 
 
+def _abstract(config: TransformerConfig) -> Transformer:
+    return jax.eval_shape(lambda: Transformer(config, jax.random.key(0), jnp.float32))
+
+
+def _linears_of(model: Transformer) -> dict[str, Linear]:
+    """The linear maps of the layers by path. The head is none: its matrix is multiplied elsewhere."""
+    found = {".".join(map(str, path)): module for path, module in nnx.iter_modules(model) if isinstance(module, Linear)}
+    return {path: found[path] for path in sorted(found) if path.startswith("layers.")}
+
+
 @functools.lru_cache
-def _graphdef(config: TransformerConfig) -> Any:
-    """The module's structure, without any array."""
-    return nnx.split(jax.eval_shape(lambda: Transformer(config, jax.random.key(0), jnp.float32)))[0]
+def linears(config: TransformerConfig) -> dict[str, Linear]:
+    """The linear maps of the layers by path, such as `layers.0.0.attention.query`, with shapes for arrays."""
+    return _linears_of(_abstract(config))
 
 
-def _merge(params: Mapping[str, Array], config: TransformerConfig) -> Transformer:
+@functools.lru_cache
+def _graphdef(config: TransformerConfig, paths: frozenset[str], lora_scale: float, lora_dropout: float) -> Any:
+    """The module's structure, without any array: linear maps have what the parameters at `paths` give them."""
+    model = _abstract(config)
+    for path, linear in _linears_of(model).items():
+        names = {name for name in OPTIONAL if f"{path}.{name}" in paths}
+        linear.hold(names, lora_scale, lora_dropout)
+    return nnx.split(model)[0]
+
+
+def _merge(params: Mapping[str, Array], config: TransformerConfig, adapters: AdapterUse | None = None) -> Transformer:
+    assert adapters is not None or not any(path.endswith(".lora_a") for path in params), "adapters without a scale"
+    scale, dropout = adapters or AdapterUse(1.0)
+    if dropout is not None:
+        params = {**params, **stack_keys(params, dropout)}
     state = nnx.from_flat_state([(_keys(path), nnx.Param(value)) for path, value in params.items()])
-    return nnx.merge(_graphdef(config), state)
+    return nnx.merge(_graphdef(config, frozenset(params), scale, 0.0 if dropout is None else dropout.rate), state)
 
 
 def _keys(path: str) -> tuple[str | int, ...]:
@@ -322,6 +347,7 @@ def forward(
     attention: str,
     mesh: Mesh | AbstractMesh | None = None,
     noise: EmbeddingNoise | None = None,
+    adapters: AdapterUse | None = None,
 ) -> Float[Array, "B L D"]:
     """Hidden states of packed rows, in compute_dtype. Those of padding are finite and depend on no token.
 
@@ -330,12 +356,13 @@ def forward(
       attention: the kernel's name.
       mesh: pins the activations' shardings; None leaves them to the compiler.
       noise: NEFTune, while training.
+      adapters: needed where `params` hold adapters.
 
     Raises:
       ConfigError: for an unknown `remat` or `attention`.
     """
     options: dict[str, Any] = dict(
-        compute_dtype=compute_dtype, remat=remat, attention=attention, mesh=mesh, noise=noise
+        compute_dtype=compute_dtype, remat=remat, attention=attention, mesh=mesh, noise=noise, adapters=adapters
     )
     return forward_and_route(params, config, inputs, positions, segment_ids, router_weights=None, **options)[0]
 
@@ -353,13 +380,14 @@ def forward_and_route(
     attention: str,
     mesh: Mesh | AbstractMesh | None = None,
     noise: EmbeddingNoise | None = None,
+    adapters: AdapterUse | None = None,
 ) -> tuple[Float[Array, "B L D"], RouterSums | None]:
     """As `forward`, and the sums over the choices of all routers; None where the model has none.
 
     Args:
       router_weights: how much each token counts in the router's losses; None: none does.
     """
-    model = _merge(params, config)
+    model = _merge(params, config, adapters)
     rows = Rows(positions, segment_ids)
     options: dict[str, Any] = dict(
         compute_dtype=compute_dtype, remat=remat, attention=attention, mesh=mesh, noise=noise

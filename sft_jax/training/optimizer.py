@@ -59,4 +59,4 @@ def build_optimizer(config: OptimizerConfig) -> optax.GradientTransformation:
 
 
 def _decays(params: dict[str, Any]) -> dict[str, bool]:
-    return {path: path.endswith((".kernel", ".embedding")) for path in params}
+    return {path: path.endswith((".kernel", ".embedding", ".lora_a", ".lora_b")) for path in params}

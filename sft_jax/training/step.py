@@ -12,6 +12,7 @@ from jax.sharding import AbstractMesh, Mesh
 
 from sft_jax.config_schema import Config, LossConfig
 from sft_jax.datatypes import ConfigError
+from sft_jax.model.adapter_use import AdapterDropout, AdapterUse
 from sft_jax.model.families import TransformerConfig, find_moe
 from sft_jax.model.router import RouterSums
 from sft_jax.model.transformer import EmbeddingNoise, Params, forward_and_route, output_head
@@ -114,10 +115,12 @@ def sum_batch_loss(
     """
     dtype = jnp.dtype(config.model.compute_dtype)
     every = {**params, **frozen}
-    noise = None
-    if config.model.neftune_alpha and noise_seed is not None:
+    noise, adapters = None, AdapterUse(config.lora.scale)
+    if noise_seed is not None:
         keys = jax.vmap(partial(jax.random.fold_in, jax.random.key(noise_seed)))(batch.rows)
-        noise = EmbeddingNoise(keys, config.model.neftune_alpha)
+        noise = EmbeddingNoise(keys, config.model.neftune_alpha) if config.model.neftune_alpha else None
+        if config.lora.dropout:
+            adapters = AdapterUse(config.lora.scale, AdapterDropout(keys, config.lora.dropout))
     hidden, router = forward_and_route(
         every,
         model,
@@ -130,6 +133,7 @@ def sum_batch_loss(
         attention=config.model.attention,
         mesh=mesh,
         noise=noise,
+        adapters=adapters,
     )
     head = output_head(every).astype(dtype)
     sums = sum_cross_entropy(hidden, head, batch.targets, batch.loss_weights, config.loss, mesh, model.logit_shape)

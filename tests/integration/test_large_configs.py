@@ -12,8 +12,8 @@ from sft_jax.command_line import read_config
 from sft_jax.experiment import ModelOnMesh
 from sft_jax.model.families import num_params
 from sft_jax.model.presets import preset_config
-from sft_jax.model.transformer import LOGICAL_DIMS, abstract_params, logical_dims
-from sft_jax.sharding import abstract_batch, build_abstract_mesh, check_batch_divides, shardings_for
+from sft_jax.model.transformer import LOGICAL_DIMS, abstract_params
+from sft_jax.sharding import abstract_batch, build_abstract_mesh, check_batch_divides
 from sft_jax.training.optimizer import build_schedule
 from sft_jax.training.step import make_train_step
 
@@ -29,9 +29,7 @@ def test_train_step_traces_on_64_devices(name, params, mesh_args):
     assert num_params(model) == params
     mesh = build_abstract_mesh(config.mesh, 64)
     check_batch_divides(config, mesh)
-    shapes = abstract_params(model, config.model.param_dtype)
-    shardings = shardings_for(mesh, {p: logical_dims(p) for p in shapes}, {p: s.shape for p, s in shapes.items()})
-    placed = ModelOnMesh(config, model, mesh, shardings)
+    placed = ModelOnMesh(config, model, mesh)
     step = make_train_step(config, model, placed.optimizer, build_schedule(config.schedule, 1.0, 100), mesh)
     batch = abstract_batch(mesh, config.batch.batch_size, config.data.max_seq_len)
     state, metrics = jax.eval_shape(step, placed.abstract_state, {}, batch)
@@ -39,7 +37,7 @@ def test_train_step_traces_on_64_devices(name, params, mesh_args):
     assert jax.tree.map(describe, state) == jax.tree.map(describe, placed.abstract_state)
     assert metrics["loss"].dtype == jnp.float32
     # Whatever is large is split: on each device a 64th of the parameters, and the norms in full.
-    local = sum(math.prod(shardings[path].shard_shape(leaf.shape)) for path, leaf in shapes.items())
+    local = sum(math.prod(p.sharding.shard_shape(p.shape)) for p in placed.abstract_state.params.values())
     replicas = config.mesh.replica
     assert local < 1.01 * replicas * params / 64
 

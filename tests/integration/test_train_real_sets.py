@@ -77,7 +77,7 @@ def world(assets, tmp_path_factory):
     def train(config, data):
         placed = place_model(config, parts["renderer"])
         parts["step"] = parts.get("step") or jit_train_step(placed, data)
-        state = init_state(placed.open_params(), placed.optimizer)
+        state = init_state(placed.open_params()[0], placed.optimizer)
         metrics = []
         for batch in place_batches(data, placed.mesh, config.batch.batch_size)():
             state, of_step = parts["step"](state, {}, batch)

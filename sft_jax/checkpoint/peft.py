@@ -1,0 +1,378 @@
+"""Adapters <-> a folder that `peft` loads: adapter_config.json and adapter_model.safetensors.
+
+    ours, of layers.0.0.                    theirs, of base_model.model.model.layers.{layer}.
+    attention.query.lora_a     [S, D, R]    self_attn.q_proj.lora_A.weight          [R, D]
+    attention.query.lora_b     [S, R, N, H] self_attn.q_proj.lora_B.weight          [N*H, R]
+    attention.query.magnitude  [S, N, H]    self_attn.q_proj.lora_magnitude_vector  [N*H]
+
+and what trains whole, such as embed.embedding [V, D], under its own name.
+
+Source of the names: https://huggingface.co/docs/peft/developer_guides/checkpoint
+"""
+
+import math
+import os
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import msgspec
+import numpy as np
+from jax.experimental import multihost_utils
+from jax.sharding import Sharding
+
+from sft_jax.checkpoint.hf_names import EMBEDDING, HEAD, TensorRule, hf_tensors, tensor_rules
+from sft_jax.checkpoint.model_files import file_in
+from sft_jax.checkpoint.safetensors_io import SINGLE_FILE, TensorInfo, read_header
+from sft_jax.checkpoint.safetensors_writer import TensorSpec, write_tensors
+from sft_jax.config_schema import LoraConfig
+from sft_jax.datatypes import ConfigError, StorageError
+from sft_jax.model.families import TransformerConfig
+from sft_jax.model.transformer import Params
+from sft_jax.typing import Array
+
+CONFIG_FILE = "adapter_config.json"
+WEIGHTS_FILE = "adapter_model.safetensors"
+_PREFIX = "base_model.model."
+_SUFFIXES = {"lora_a": "lora_A.weight", "lora_b": "lora_B.weight", "magnitude": "lora_magnitude_vector"}
+# What every family's maps may be called in config.lora, though its own files hold them under other names, or fused.
+_FAMILIAR = {
+    "attention.query": "self_attn.q_proj", "attention.key": "self_attn.k_proj", "attention.value": "self_attn.v_proj",
+    "attention.out": "self_attn.o_proj", "mlp.gate": "mlp.gate_proj", "mlp.up": "mlp.up_proj",
+    "mlp.down": "mlp.down_proj",
+}  # fmt: skip
+# Options of PEFT that would change the numbers, unless they have one of these values.
+_ONLY_VALUES: dict[str, tuple[Any, ...]] = {
+    "peft_type": ("LORA",),
+    "bias": ("none", None),
+    "fan_in_fan_out": (False, None),
+    **{
+        name: (None, False, {}, [])
+        for name in ("lora_bias", "layer_replication", "trainable_token_indices",
+                     "target_parameters", "alora_invocation_tokens", "arrow_config", "use_qalora", "use_bdlora")
+    },
+}  # fmt: skip
+
+
+class AdapterTensor(NamedTuple):
+    """One tensor of an adapter folder, and where its values stand among our parameters."""
+
+    name: str
+    rules: tuple[TensorRule, ...]
+    """Of the base's tensor: several where it is fused."""
+    kind: str
+    """`lora_a`, `lora_b` or `magnitude` of the maps; `whole`: the base's tensor itself."""
+    place: tuple[int, ...]
+    """In the stack of layers and experts; (): the parameter belongs to no layer."""
+    shape: tuple[int, ...]
+
+    def path(self, rule: TensorRule) -> str:
+        """Our parameter of one of the rules."""
+        return rule.path if self.kind == "whole" else f"{_module(rule)}.{self.kind}"
+
+
+def _module(rule: TensorRule) -> str:
+    return rule.path.removesuffix(".kernel")
+
+
+def module_names(config: TransformerConfig) -> dict[str, set[str]]:
+    """Path of each module with parameters -> all that config.lora may call it."""
+    names: dict[str, set[str]] = {}
+    for rule in tensor_rules(config):
+        module = rule.path.rpartition(".")[0]
+        called = names.setdefault(module, {module})
+        called.add(rule.hf_name.removesuffix(".weight"))
+        called |= {familiar for ours, familiar in _FAMILIAR.items() if module.endswith(f".{ours}")}
+    return names
+
+
+def adapter_tensors(config: TransformerConfig, shapes: Mapping[str, tuple[int, ...]]) -> Iterator[AdapterTensor]:
+    """Every tensor of the folder of a run whose trained parameters have `shapes`.
+
+    Of a fused tensor PEFT knows one adapter. Ours become one of their ranks together: one below the other in lora_A, on
+    the diagonal of lora_B.
+
+    Raises:
+      ConfigError: only some parts of a fused tensor train.
+    """
+    for hf_name, rules, place in hf_tensors(config):
+        outs_ins = rules[0].hf_shape(config)
+        if _all_or_none(rules, [rule.path in shapes for rule in rules]):
+            yield AdapterTensor(_PREFIX + hf_name, rules, "whole", place, outs_ins)
+            if rules[0] is EMBEDDING and config.tie_embeddings:  # PEFT copies what it saves, which unties the two
+                yield AdapterTensor(_PREFIX + HEAD.hf_name, rules, "whole", place, outs_ins)
+        if _all_or_none(rules, [f"{_module(rule)}.lora_a" in shapes for rule in rules]):
+            rank = sum(shapes[f"{_module(rule)}.lora_a"][-1] for rule in rules)
+            named = {"lora_a": (rank, outs_ins[1]), "lora_b": (outs_ins[0], rank), "magnitude": outs_ins[:1]}
+            for kind, shape in named.items():
+                if f"{_module(rules[0])}.{kind}" in shapes:
+                    name = _PREFIX + hf_name.removesuffix("weight") + _SUFFIXES[kind]
+                    yield AdapterTensor(name, rules, kind, place, shape)
+
+
+def _all_or_none(rules: tuple[TensorRule, ...], train: list[bool]) -> bool:
+    if any(train) and not all(train):
+        without = ", ".join(rule.path for rule, trains in zip(rules, train, strict=True) if not trains)
+        raise ConfigError(
+            f"config.lora: {rules[0].hf_name} is one tensor in this family, and {without} of it does not train as the "
+            "rest does. PEFT has no form for that: export the merged model."
+        )
+    return train[0]
+
+
+def export_adapter(
+    folder: str | os.PathLike[str], trained: Params, config: TransformerConfig, lora: LoraConfig, base: str, dtype: str
+) -> None:
+    """Write the trained parameters of a LoRA run as a folder that `peft` loads.
+
+    All processes call it; process 0 writes.
+
+    Args:
+      base: what the adapter is for, as `base_model_name_or_path`.
+      dtype: of the stored tensors.
+
+    Raises:
+      StorageError: the folder is not empty, or the disk refuses.
+    """
+    tensors = list(adapter_tensors(config, {path: value.shape for path, value in trained.items()}))
+    target = Path(folder)
+    values = ((tensor.name, _to_peft(trained, tensor, config, dtype)) for tensor in tensors)
+    if jax.process_index() != 0:
+        for _ in values:  # gathering takes all processes
+            pass
+        return
+    if target.exists() and any(path.name not in (CONFIG_FILE, WEIGHTS_FILE) for path in target.iterdir()):
+        raise StorageError(f"{target}: holds files that are no adapter's. Choose another folder, or remove it.")
+    fields = adapter_config(tensors, config, lora, base)
+    try:
+        target.mkdir(parents=True, exist_ok=True)
+        specs = [TensorSpec(tensor.name, jnp.dtype(dtype), tensor.shape) for tensor in tensors]
+        write_tensors(target, specs, values, max_shard_bytes=2**62)
+        (target / SINGLE_FILE).replace(target / WEIGHTS_FILE)
+        (target / CONFIG_FILE).write_bytes(msgspec.json.format(msgspec.json.encode(fields), indent=2) + b"\n")
+    except OSError as error:
+        raise StorageError(f"{target}: export failed: {error}. Free some space, or choose another folder.") from error
+
+
+def adapter_config(
+    tensors: list[AdapterTensor], config: TransformerConfig, lora: LoraConfig, base: str
+) -> dict[str, Any]:
+    """The fields of adapter_config.json."""
+    targets = {_hf_module(tensor): len(tensor.rules) for tensor in tensors if tensor.kind == "lora_a"}
+    saved = {_hf_module(tensor) for tensor in tensors if tensor.kind == "whole"}
+    ranks, alphas = _fused_patterns(tensors, lora)
+    return {
+        "peft_type": "LORA",
+        "task_type": "CAUSAL_LM",
+        "base_model_name_or_path": base,
+        "inference_mode": True,
+        "r": lora.rank,
+        "lora_alpha": lora.alpha,
+        "lora_dropout": lora.dropout,
+        "use_rslora": lora.use_rslora,
+        "use_dora": lora.use_dora,
+        "rank_pattern": ranks,
+        "alpha_pattern": alphas,
+        "target_modules": sorted(_shorten(set(targets), config)),
+        "modules_to_save": sorted(saved) or None,
+        "bias": "none",
+        "fan_in_fan_out": False,
+        "init_lora_weights": True,
+        **({"ensure_weight_tying": True} if config.tie_embeddings and "model.embed_tokens" in saved else {}),
+    }
+
+
+def _shorten(targets: set[str], config: TransformerConfig) -> set[str]:
+    """`q_proj` for the maps of that name in all layers; full names where only some of them have an adapter."""
+    last = lambda name: name.rpartition(".")[2]  # noqa: E731
+    short = {last(name) for name in targets}
+    all_names = {name.rpartition(".")[0] for name, _, _ in hf_tensors(config)}
+    return short if {name for name in all_names if last(name) in short} == targets else targets
+
+
+def _hf_module(tensor: AdapterTensor) -> str:
+    """`model.layers.0.self_attn.q_proj` of any of its tensors."""
+    name = tensor.name.removeprefix(_PREFIX)
+    return name.removesuffix("weight" if tensor.kind == "whole" else _SUFFIXES[tensor.kind]).removesuffix(".")
+
+
+def _fused_patterns(tensors: list[AdapterTensor], lora: LoraConfig) -> tuple[dict[str, int], dict[str, float]]:
+    """PEFT's rank and alpha of the adapters of fused tensors, by name; alpha is such that the factor stays ours."""
+    parts = {_hf_module(t).rpartition(".")[2]: len(t.rules) for t in tensors if t.kind == "lora_a" and len(t.rules) > 1}
+    ranks = {name: num * lora.rank for name, num in parts.items()}
+    return ranks, {name: lora.alpha * (num**0.5 if lora.use_rslora else num) for name, num in parts.items()}
+
+
+def _to_peft(trained: Params, tensor: AdapterTensor, config: TransformerConfig, dtype: str) -> np.ndarray:
+    hosts = [_pull(trained[tensor.path(rule)], tensor.place) for rule in tensor.rules]
+    if tensor.kind == "whole":
+        values = np.empty(tensor.shape, hosts[0].dtype)
+        for rule, host in zip(tensor.rules, hosts, strict=True):
+            rule.from_hf(values, config)[...] = host
+    elif tensor.kind == "lora_a":
+        values = np.concatenate([host.reshape(-1, host.shape[-1]).T for host in hosts])
+    elif tensor.kind == "lora_b":
+        values = _on_diagonal([host.reshape(len(host), -1).T for host in hosts])
+    else:
+        values = np.concatenate([host.reshape(-1) for host in hosts])
+    values = values.reshape(tensor.shape).astype(jnp.dtype(dtype))
+    if not np.isfinite(values).all():
+        raise StorageError(f"export: {tensor.name} has NaN or infinite values (as {dtype}). Export an earlier step.")
+    return values
+
+
+def _pull(value: Array, place: tuple[int, ...]) -> np.ndarray:
+    part = value[place] if place else value
+    if not part.is_fully_addressable:
+        part = multihost_utils.process_allgather(part, tiled=True)
+    return np.asarray(part)
+
+
+def _on_diagonal(blocks: list[np.ndarray]) -> np.ndarray:
+    rows, columns = (sum(block.shape[dim] for block in blocks) for dim in (0, 1))
+    out, row, column = np.zeros((rows, columns), blocks[0].dtype), 0, 0
+    for block in blocks:
+        out[row : row + block.shape[0], column : column + block.shape[1]] = block
+        row, column = row + block.shape[0], column + block.shape[1]
+    return out
+
+
+def load_adapter(
+    folder: str | os.PathLike[str],
+    config: TransformerConfig,
+    lora: LoraConfig,
+    shapes: Mapping[str, tuple[int, ...]],
+    shardings: Mapping[str, Sharding],
+    dtype: str,
+) -> Params:
+    """The trained parameters of a run, from a folder that `peft` or `export_adapter` wrote.
+
+    Args:
+      shapes: of the parameters that train by config.lora.
+
+    Raises:
+      ConfigError: the folder's options are not those of config.lora; says which.
+      StorageError: a tensor is missing, is of another shape, is left over or is not finite.
+    """
+    folder = Path(folder)
+    fields = _read_fields(folder)
+    tensors = list(adapter_tensors(config, shapes))
+    _check_options(fields, lora, _fused_patterns(tensors, lora), folder)
+    index = read_header(file_in(folder, WEIGHTS_FILE))
+    _check_tensors(index, tensors, folder)
+    host = {path: np.empty(shape, jnp.dtype(dtype)) for path, shape in shapes.items()}
+    for tensor in tensors:
+        info = index[tensor.name]
+        values = _read(info)
+        if not np.isfinite(values).all():
+            raise StorageError(f"{info} has NaN or infinite values. Use another adapter.")
+        for rule, part in zip(tensor.rules, _from_peft(values, tensor, shapes, lora.rank, config, info), strict=True):
+            out = host[tensor.path(rule)][tensor.place]
+            part = part.reshape(out.shape).astype(out.dtype)
+            if tensor.name == _PREFIX + HEAD.hf_name and config.tie_embeddings and not np.array_equal(out, part):
+                raise StorageError(
+                    f"{info} differs from the embedding, and this model ties them. Merge the adapter by PEFT into a "
+                    "model with tie_word_embeddings false, and train that."
+                )
+            out[...] = part
+    return {
+        path: jax.make_array_from_callback(values.shape, shardings[path], values.__getitem__)
+        for path, values in host.items()
+    }
+
+
+def _read(tensor: TensorInfo) -> np.ndarray:
+    values = tensor.read_box(tuple(slice(0, size) for size in tensor.shape))
+    return values.astype(np.float32) if values.dtype.itemsize < 4 else np.asarray(values)
+
+
+def _read_fields(folder: Path) -> dict[str, Any]:
+    path = folder / CONFIG_FILE
+    try:
+        return msgspec.json.decode(path.read_bytes(), type=dict[str, Any])
+    except OSError as error:
+        raise StorageError(f"{path}: {error.strerror}. Name an adapter folder.") from error
+    except (msgspec.DecodeError, UnicodeDecodeError) as error:
+        raise ConfigError(f"{path}: is not a JSON object: {error}. Download it again.") from error
+
+
+def _check_options(
+    fields: Mapping[str, Any], lora: LoraConfig, patterns: tuple[Mapping[str, Any], Mapping[str, Any]], folder: Path
+) -> None:
+    where = folder / CONFIG_FILE
+    ours = {"r": ("rank", lora.rank), "lora_alpha": ("alpha", lora.alpha)}
+    ours |= {"use_rslora": ("use_rslora", lora.use_rslora), "use_dora": ("use_dora", lora.use_dora)}
+    errors = [
+        f"config.lora.{name}: is {value!r}, and {where} has {key} {fields.get(key, False)!r}. Set it to that."
+        for key, (name, value) in ours.items()
+        if fields.get(key, False) != value
+    ]
+    errors += [
+        f"{where}: {key} is {fields[key]!r}; only {accepted[0]!r} is supported."
+        for key, accepted in _ONLY_VALUES.items()
+        if fields.get(key, accepted[0]) not in accepted
+    ]
+    errors += [
+        f"{where}: {key} is {fields[key]!r}; only one rank and alpha for all is supported."
+        for key, ours_of_fused in zip(("rank_pattern", "alpha_pattern"), patterns, strict=True)
+        if fields.get(key) and fields[key] != ours_of_fused
+    ]
+    if errors:
+        raise ConfigError("\n".join(errors))
+
+
+def _check_tensors(index: Mapping[str, TensorInfo], tensors: list[AdapterTensor], folder: Path) -> None:
+    wanted = {tensor.name: tensor for tensor in tensors}
+    for name, tensor in wanted.items():
+        if name not in index:
+            raise StorageError(
+                f"{folder / WEIGHTS_FILE}: has no tensor {name}, which config.lora.targets or "
+                "modules_to_save ask for. Set them to what the adapter has."
+            )
+        if index[name].shape not in (tensor.shape, _shared_shape(tensor)):
+            raise StorageError(f"{index[name]} is {list(index[name].shape)}; expected {list(tensor.shape)}. Same base?")
+        if index[name].dtype.name not in ("float64", "float32", "float16", "bfloat16"):
+            raise StorageError(f"{index[name]} has dtype {index[name].dtype.name}; expected floating point.")
+    unknown = sorted(index.keys() - wanted.keys())
+    if unknown:
+        raise StorageError(
+            f"{folder / WEIGHTS_FILE}: holds {len(unknown)} tensors that config.lora would not use, such as "
+            f"{unknown[0]}. Add their modules to config.lora.targets or modules_to_save."
+        )
+
+
+def _shared_shape(tensor: AdapterTensor) -> tuple[int, ...]:
+    """That of PEFT's own adapter of a fused tensor, whose parts share lora_A."""
+    by = len(tensor.rules)
+    outs, ins = tensor.shape[0], tensor.shape[-1]
+    return {"lora_a": (outs // by, ins), "lora_b": (outs, ins // by)}.get(tensor.kind, tensor.shape)
+
+
+def _from_peft(
+    values: np.ndarray,
+    tensor: AdapterTensor,
+    shapes: Mapping[str, tuple[int, ...]],
+    rank: int,
+    config: TransformerConfig,
+    info: TensorInfo,
+) -> list[np.ndarray]:
+    """The values of each rule's parameter."""
+    if tensor.kind == "whole":
+        return [rule.from_hf(values, config) for rule in tensor.rules]
+    if tensor.kind == "lora_a":  # of a fused tensor: all parts read the same, unless it is an export of ours
+        return [part.T for part in _cut(values, [rank] * len(tensor.rules))]
+    num_other = 1 if tensor.kind == "magnitude" else 2  # layers, and ranks
+    sizes = [math.prod(shapes[tensor.path(rule)][num_other:]) for rule in tensor.rules]
+    rows = np.split(values, np.cumsum(sizes)[:-1])
+    if tensor.kind == "magnitude" or values.shape[1] == rank:
+        return [part.T for part in rows]
+    blocks = [part[:, i * rank : (i + 1) * rank] for i, part in enumerate(rows)]
+    if not np.array_equal(_on_diagonal(blocks), values):
+        raise StorageError(f"{info} mixes the ranks of fused parts, for which we have no form. Merge it by PEFT.")
+    return [block.T for block in blocks]
+
+
+def _cut(values: np.ndarray, sizes: list[int]) -> list[np.ndarray]:
+    return np.split(values, np.cumsum(sizes)[:-1]) if len(values) == sum(sizes) else [values for _ in sizes]
