@@ -31,6 +31,7 @@ from sft_jax.datatypes import ConfigError, StorageError
 from sft_jax.model import quantized
 from sft_jax.model.families import TransformerConfig
 from sft_jax.model.hf_config import read_hf_config
+from sft_jax.model.router import dtype_among
 from sft_jax.model.transformer import Params, linears
 
 _MAX_CONFIG_BYTES = 2**20
@@ -70,7 +71,7 @@ def load_pretrained(
       config: the folder's, from `read_config`, or with a larger vocabulary. New rows of embedding and head are the mean
         of the folder's, so that a new token starts as an average one (https://nlp.stanford.edu/~johnhew/vocab-expansion.html).
       shardings: by parameter path; None: everything on the default device.
-      dtype: of the parameters (`router.keeps_float32` has exceptions), or of each by path. A kernel's may be a format
+      dtype: of the parameters (`router.dtype_among` has an exception), or of each by path. A kernel's may be a format
         of model/quantized.py: it is quantized as it is read, and its codes and scales stand in its place,
         `....query.nf4` and `....query.scales`.
 
@@ -78,7 +79,9 @@ def load_pretrained(
       StorageError: where the folder is not exactly what its config.json describes, or a weight is NaN or infinite.
       ConfigError: for float64 without `jax_enable_x64`.
     """
-    dtypes = {r.path: r.dtype(dtype).name for r in tensor_rules(config)} if isinstance(dtype, str) else dtype
+    dtypes = (
+        {r.path: dtype_among(r.path, dtype).name for r in tensor_rules(config)} if isinstance(dtype, str) else dtype
+    )
     if "float64" in dtypes.values() and jax.dtypes.canonicalize_dtype("float64") != jnp.float64:
         raise ConfigError("config.model.param_dtype: is float64, which jax would narrow. Set JAX_ENABLE_X64=1.")
     stored, _ = read_config(folder)

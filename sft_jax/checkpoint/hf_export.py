@@ -24,6 +24,7 @@ from sft_jax.data.tokenizer import Tokenizer
 from sft_jax.datatypes import ConfigError, StorageError
 from sft_jax.model.families import TransformerConfig
 from sft_jax.model.hf_config import to_hf_config
+from sft_jax.model.router import dtype_among
 from sft_jax.typing import Array
 
 EXPORT_DTYPES = ("float32", "bfloat16", "float16", "float64")
@@ -63,7 +64,8 @@ def export_pretrained(
     for rule in tensor_rules(config):
         assert params[rule.path].shape == rule.shape(config), f"{rule.path} is {params[rule.path].shape}"
     specs = [
-        TensorSpec(name, parts[0].dtype(dtype), parts[0].hf_shape(config)) for name, parts, _ in hf_tensors(config)
+        TensorSpec(name, dtype_among(parts[0].path, dtype), parts[0].hf_shape(config))
+        for name, parts, _ in hf_tensors(config)
     ]
     tensors = _one_ahead(_make_tensors(params, config, dtype))
 
@@ -154,7 +156,7 @@ def _make_tensors(
 ) -> Iterator[tuple[str, np.ndarray]]:
     """(name, values) of each tensor of the folder, one at a time on the host; those of the vocabulary in pieces."""
     for name, parts, place in hf_tensors(config):
-        kind = parts[0].dtype(dtype)
+        kind = dtype_among(parts[0].path, dtype)
         # Of embedding and head our rows are theirs, so that not all need be here.
         shape, is_whole = parts[0].hf_shape(config), parts[0].is_stacked or parts[0].dims != parts[0].hf_dims
         num_rows = shape[0] if is_whole else max(1, _PIECE_BYTES // (kind.itemsize * math.prod(shape[1:])))

@@ -18,14 +18,12 @@ from dataclasses import dataclass
 
 import numpy as np
 from absl import logging
-from numpy.typing import DTypeLike
 
 from sft_jax.checkpoint.stored_tensor import StoredTensor
 from sft_jax.datatypes import StorageError
 from sft_jax.model.families import LayerConfig, TransformerConfig, find_moe
 from sft_jax.model.latent_config import LatentConfig
 from sft_jax.model.moe_config import MoeConfig
-from sft_jax.model.router import keeps_float32
 
 
 @dataclass(frozen=True)
@@ -44,10 +42,6 @@ class TensorRule:
     """The numbers of the layers that the parameter stacks on a leading dim; (): it belongs to no layer."""
     num_experts: int = 0
     """Experts that it stacks on a second one, each with a tensor of its own; 0: there is no such dim."""
-
-    def dtype(self, others: DTypeLike) -> np.dtype:
-        """Its dtype in a model or folder whose others are `others`."""
-        return np.promote_types(others, np.float32) if keeps_float32(self.path) else np.dtype(others)
 
     @property
     def is_stacked(self) -> bool:

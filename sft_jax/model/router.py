@@ -18,6 +18,7 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
 from jax.typing import DTypeLike
 
@@ -26,9 +27,10 @@ from sft_jax.model.rope import at_least_float32
 from sft_jax.typing import Array, Float, Int, Key
 
 
-def keeps_float32(path: str) -> bool:
-    """Whether a parameter is at least that where others are narrower: the correction, which decides near ties."""
-    return path.endswith(".router.correction")
+def dtype_among(path: str, others: DTypeLike) -> np.dtype:
+    """The dtype of a parameter where others are `others`: the correction, which decides near ties, is never narrower
+    than float32."""
+    return np.dtype(at_least_float32(others) if path.endswith(".router.correction") else others)
 
 
 class Choice(NamedTuple):

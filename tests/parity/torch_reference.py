@@ -39,7 +39,7 @@ def random_model(seed: int, fields: dict[str, Any]) -> Any:
     """A model of any family, every part of which matters, with logits of about unit scale."""
     config = AutoConfig.for_model(**fields)
     torch.manual_seed(seed)
-    model = AutoModelForCausalLM.from_config(config, **_plain_kernels(fields)).float().eval()
+    model = AutoModelForCausalLM.from_config(config, **plain_kernels(fields)).float().eval()
     lowest_scale = -0.5 if fields["model_type"].startswith("gemma") else 0.5  # their norms add 1
     with torch.no_grad():
         for name, parameter in model.named_parameters():
@@ -56,7 +56,7 @@ def random_model(seed: int, fields: dict[str, Any]) -> Any:
     return model
 
 
-def _plain_kernels(fields: dict[str, Any]) -> dict[str, str]:
+def plain_kernels(fields: dict[str, Any]) -> dict[str, str]:
     names = {"attn_implementation": "eager"}
     if "num_experts_per_tok" in fields:
         names["experts_implementation"] = "eager"  # the others want sizes in multiples of 16 bytes
@@ -65,7 +65,7 @@ def _plain_kernels(fields: dict[str, Any]) -> dict[str, str]:
 
 def rebuilt(model: Any, fields: dict[str, Any]) -> Any:
     """The same weights in a model of another config.json."""
-    again = type(model)._from_config(AutoConfig.for_model(**fields), **_plain_kernels(fields)).float().eval()
+    again = type(model)._from_config(AutoConfig.for_model(**fields), **plain_kernels(fields)).float().eval()
     again.load_state_dict(model.state_dict())
     return again
 

@@ -14,6 +14,7 @@ from sft_jax.datatypes import ConfigError
 from sft_jax.model.families import LayerConfig, LayerGroup
 from sft_jax.model.moe_config import MoeConfig
 from sft_jax.model.rope import RopeConfig
+from sft_jax.training.metrics import StepMeter
 from sft_jax.training.step import sum_batch_loss
 
 MIXTURE = MoeConfig(
@@ -99,6 +100,10 @@ def test_the_correction_is_never_trained(reference):
     np.testing.assert_array_equal(before.params[path], after.params[path])
     assert 1 < metrics["router/largest_load"] < 8
     assert 0 <= metrics["router/idle_fraction"] < 1
+    record = StepMeter(["a", "b"], flops_per_token=1).add(metrics)
+    assert {name: record[name] for name in metrics if name.startswith("router/")} == {
+        name: float(value) for name, value in metrics.items() if name.startswith("router/")
+    }
     assert B == 8
 
 
