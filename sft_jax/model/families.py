@@ -108,6 +108,12 @@ class TransformerConfig:
                 f"model: latent attention has {self.num_kv_heads} key heads for {self.num_heads} query heads, and "
                 f"head_dim {self.head_dim}; expected as many, and {latent.head_dim}."
             )
+        plain = (self.attention_sinks, self.qkv_bias, self.out_bias, self.qk_norm != "none")
+        if latent and any(plain):
+            raise ConfigError(
+                "model: latent attention has neither sinks nor norms of heads, and its biases are its own. Leave "
+                "attention_sinks, qk_norm, qkv_bias and out_bias at their defaults."
+            )
         for layer in {layer for group in self.layers for layer in group.pattern}:
             _check_layer(layer, self.rope_head_dim)
 

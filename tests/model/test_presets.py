@@ -109,7 +109,8 @@ def test_overrides_change_a_preset():
 @pytest.mark.parametrize(
     ("preset", "overrides", "named"),
     [("llama9", {}, "llama3.1-8b"), ("w1", {"layers": 2}, "'layers'"), ("w1", {"num_layers": 2.0}, "num_layers is 2.0"),
-     ("w1", {"num_layers": -1}, "num_layers is -1"), ("w1", {"layers": ()}, "'layers'")],
+     ("w1", {"num_layers": -1}, "num_layers is -1"), ("deepseek-v3", {"attention_sinks": True}, "latent attention has"),
+     ("deepseek-v3", {"latent": None}, "'latent'"), ("w1", {"layers": ()}, "'layers'")],
 )  # fmt: skip
 def test_wrong_overrides_are_refused(preset, overrides, named):
     with pytest.raises(ConfigError, match="model") as caught:
