@@ -131,6 +131,7 @@ _CHOICES: dict[str, tuple[str, ...]] = {
     "data.packing": ("best_fit", "none"),
     "data.supervise": ("all", "last", "weighted"),
     "data.averaging": ("token", "example"),
+    "loss.router_tokens": ("all", "supervised"),
     "data.row_order": ("shuffled", "longest_first"),
     "data.too_long": ("error", "drop", "drop_early_turns", "split_turns", "truncate"),
     "data.unknown_tokens": ("error", "drop", "keep"),
@@ -146,7 +147,8 @@ _SPLITS = ("all", "train", "held_out")
 _AT_LEAST: dict[str, float] = {
     "data.max_seq_len": 2, "data.read_threads": 0, "data.prepare_processes": 0, "data.max_segments_per_row": 0,
     "batch.batch_size": 1, "batch.grad_accum_steps": 1, "batch.eval_batch_size": 0,
-    "loss.z_loss_weight": 0, "loss.label_smoothing": 0, "loss.chunk_tokens": 1,
+    "loss.z_loss_weight": 0, "loss.label_smoothing": 0, "loss.chunk_tokens": 1, "loss.router_balance_weight": 0,
+    "loss.router_z_loss_weight": 0,
     "model.neftune_alpha": 0, "optimizer.learning_rate": 0, "optimizer.weight_decay": 0, "optimizer.grad_clip_norm": 0,
     "optimizer.max_skipped_steps": 1, "schedule.num_epochs": 1, "schedule.num_steps": 1, "schedule.warmup_steps": 0,
     "schedule.warmup_fraction": 0, "schedule.final_fraction": 0, "schedule.decay_fraction": 0,
@@ -242,8 +244,7 @@ def validate(config: Config) -> list[str]:
     for axis, size in zip(MESH_AXES, sizes, strict=True):
         require(size == -1 or size >= 1, f"mesh.{axis}", f"is {size}; expected at least 1, or -1 for what is left.")
     require(sizes.count(-1) <= 1, "mesh", "has more than one axis at -1. Leave only one to fill.")
-    for axis in ("context", "expert"):
-        require(getattr(mesh, axis) == 1, f"mesh.{axis}", f"is {getattr(mesh, axis)}; only 1 is supported so far.")
+    require(mesh.context == 1, "mesh.context", f"is {mesh.context}; only 1 is supported so far.")
     steps = config.log.profile_steps
     ordered = not steps or (len(steps) == 2 and 0 <= steps[0] <= steps[1])
     require(ordered, "log.profile_steps", f"is {steps}; expected (first, last), or () for none.")

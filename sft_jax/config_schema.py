@@ -166,6 +166,13 @@ class LossConfig:
     """Weight of log(Z)^2 per supervised token; 0: none. 1e-4 in PaLM (arXiv:2204.02311, section 5)."""
     label_smoothing: float = 0.0
     """Share of the target's probability spread over the whole vocabulary, in [0, 1)."""
+    router_balance_weight: float = 0.0
+    """Weight of the balance loss of mixtures of experts, the mean over their layers: 1 where a segment's tokens choose
+    all experts alike, more where they do not; 0: none. 0.001 to 0.01 is usual."""
+    router_z_loss_weight: float = 0.0
+    """Weight of the mean of logsumexp(router logits)^2; 0: none. 1e-3 in ST-MoE (arXiv:2202.08906, section 3)."""
+    router_tokens: str = "all"
+    """Tokens that count in the two router losses: all, or supervised (by their loss weights)."""
     chunk_tokens: int = 1024
     """Positions per chunk of the loss on each device: bounds its memory at chunk_tokens * vocab_size logits."""
 

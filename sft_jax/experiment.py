@@ -29,6 +29,7 @@ from sft_jax.model.linear import ADAPTERS
 from sft_jax.model.lora import Kernel, Leaf, find_kernels, init_adapters, lay_out, match_names, merge_adapters
 from sft_jax.model.presets import preset_config
 from sft_jax.model.quantized import SCALES
+from sft_jax.model.router import dtype_among
 from sft_jax.model.transformer import Params, abstract_params, init_params, logical_dims
 from sft_jax.sharding import (
     Batch,
@@ -144,7 +145,7 @@ class ModelOnMesh:
             whole = {path for path in self._base if path.rpartition(".")[0] in saved}
             return lay_out(self._base, self.kernels, targets, whole, lora, frozen_dtype)
         trainable, frozen = split_params(self._base, section.freeze)
-        leaf = lambda path, dtype: Leaf(logical_dims(path), self._base[path].shape, jnp.dtype(dtype))  # noqa: E731
+        leaf = lambda path, dtype: Leaf(logical_dims(path), self._base[path].shape, dtype_among(path, dtype))  # noqa: E731
         return {p: leaf(p, section.param_dtype) for p in trainable}, {p: leaf(p, frozen_dtype) for p in frozen}
 
     @cached_property
@@ -241,9 +242,9 @@ class ModelOnMesh:
     @cached_property
     def _base_dtypes(self) -> dict[str, str]:
         """How each parameter of the base is held: a dtype, or a format of quantized.py."""
-        (trainable, frozen), section = self.leaves, self.config.model
+        trainable, frozen = self.leaves
         return {
-            path: section.param_dtype if path in trainable
+            path: str(trainable[path].dtype) if path in trainable
             else str(frozen[path].dtype) if path in frozen
             else self.config.lora.quantize
             for path in self._base

@@ -34,7 +34,7 @@ from sft_jax.experiment import (
     place_model,
     use_compilation_cache,
 )
-from sft_jax.model.families import TransformerConfig, num_params
+from sft_jax.model.families import TransformerConfig, num_active_params, num_params
 from sft_jax.provenance import describe_environment
 from sft_jax.sharding import replicated
 from sft_jax.training.loop import Preempted, StopSignal, Trainer
@@ -153,8 +153,8 @@ def train_flops_per_token(model: TransformerConfig, length: int) -> int:
     """Forward and backward matmul FLOPs per token: 6 per parameter that multiplies, and causal attention over rows of
     `length`. Source: PaLM (arXiv:2204.02311), appendix B, with half of the attention square."""
     embedding = 0 if model.tie_embeddings else model.vocab_size * model.embed_dim
-    attention = 6 * model.num_layers * model.num_heads * model.head_dim * length
-    return 6 * (num_params(model) - embedding) + attention
+    attention = 3 * model.num_layers * model.num_heads * (model.head_dim + model.value_dim) * length
+    return 6 * (num_active_params(model) - embedding) + attention
 
 
 def make_run_dir(run_dir: epath.Path) -> None:

@@ -29,6 +29,7 @@ RULES: dict[str | None, tuple[str, ...]] = {
     "seq": ("context",),
     "embed": ("fsdp",),
     "mlp": ("tensor",),
+    "expert": ("expert",),
     "heads": ("tensor",),
     "kv_heads": ("tensor",),
     "vocab": ("tensor",),

@@ -45,6 +45,8 @@ def test_defaults_convert():
         ("checkpoint.best_by", "nope", "config.checkpoint.best_by: is 'nope'"),
         ("log.profile_steps", (3,), "config.log.profile_steps: is (3,)"),
         ("loss.label_smoothing", 1.0, "config.loss.label_smoothing: is 1.0; expected below 1"),
+        ("loss.router_tokens", "some", "config.loss.router_tokens: is 'some'; expected one of all, supervised"),
+        ("loss.router_z_loss_weight", -1.0, "config.loss.router_z_loss_weight: is -1.0; expected at least 0"),
         ("data.train", [dict(path="a.jsonl", format="csv")], "config.data.train[0].format: is 'csv'"),
         (
             "data.train",

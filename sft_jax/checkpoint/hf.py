@@ -18,9 +18,11 @@ import numpy as np
 from absl import logging
 from jax.sharding import Sharding, SingleDeviceSharding
 
+from sft_jax.checkpoint.block_fp8 import join_block_fp8
 from sft_jax.checkpoint.converted import is_converted, open_converted, read_record
 from sft_jax.checkpoint.hf_names import EMBEDDING, HEAD, TensorRule, match_tensors, tensor_rules
 from sft_jax.checkpoint.model_files import Folder, ModelFile, file_in
+from sft_jax.checkpoint.mxfp4 import join_mxfp4
 from sft_jax.checkpoint.param_source import GrownSource, ParamSource, check_finite, place_shards, read_box
 from sft_jax.checkpoint.quantized_source import HeldArray, QuantizedSource
 from sft_jax.checkpoint.safetensors_io import TensorInfo, read_index
@@ -29,6 +31,7 @@ from sft_jax.datatypes import ConfigError, StorageError
 from sft_jax.model import quantized
 from sft_jax.model.families import TransformerConfig
 from sft_jax.model.hf_config import read_hf_config
+from sft_jax.model.router import dtype_among
 from sft_jax.model.transformer import Params, linears
 
 _MAX_CONFIG_BYTES = 2**20
@@ -68,14 +71,17 @@ def load_pretrained(
       config: the folder's, from `read_config`, or with a larger vocabulary. New rows of embedding and head are the mean
         of the folder's, so that a new token starts as an average one (https://nlp.stanford.edu/~johnhew/vocab-expansion.html).
       shardings: by parameter path; None: everything on the default device.
-      dtype: of the parameters, or of each by path. A kernel's may be a format of model/quantized.py: it is quantized as
-        it is read, and its codes and scales stand in its place, `....query.nf4` and `....query.scales`.
+      dtype: of the parameters (`router.dtype_among` has an exception), or of each by path. A kernel's may be a format
+        of model/quantized.py: it is quantized as it is read, and its codes and scales stand in its place,
+        `....query.nf4` and `....query.scales`.
 
     Raises:
       StorageError: where the folder is not exactly what its config.json describes, or a weight is NaN or infinite.
       ConfigError: for float64 without `jax_enable_x64`.
     """
-    dtypes = {rule.path: dtype for rule in tensor_rules(config)} if isinstance(dtype, str) else dtype
+    dtypes = (
+        {r.path: dtype_among(r.path, dtype).name for r in tensor_rules(config)} if isinstance(dtype, str) else dtype
+    )
     if "float64" in dtypes.values() and jax.dtypes.canonicalize_dtype("float64") != jnp.float64:
         raise ConfigError("config.model.param_dtype: is float64, which jax would narrow. Set JAX_ENABLE_X64=1.")
     stored, _ = read_config(folder)
@@ -111,7 +117,7 @@ def open_sources(folder: Folder, stored: TransformerConfig) -> dict[str, ParamSo
     if is_converted(folder):
         return dict(open_converted(folder, {rule.path: rule.shape(stored) for rule in rules}))
     index = read_index(folder)
-    matched = match_tensors(stored, index, str(folder))
+    matched = match_tensors(stored, join_block_fp8(join_mxfp4(index)), str(folder))
     if stored.tie_embeddings:
         _check_tied(index)
     return {rule.path: HfSource(rule, matched[rule.path], stored) for rule in rules}
@@ -131,7 +137,7 @@ def grow_sources(sources: Mapping[str, ParamSource], config: TransformerConfig) 
 
 
 class HfSource(ParamSource):
-    """A parameter in the tensors of a Hugging Face folder, one for each of its layers."""
+    """A parameter in the tensors of a Hugging Face folder, one for each place of its stack."""
 
     def __init__(self, rule: TensorRule, tensors: tuple[StoredTensor, ...], stored: TransformerConfig) -> None:
         self.rule, self.tensors, self.stored = rule, tensors, stored
@@ -142,11 +148,12 @@ class HfSource(ParamSource):
         return str(self.tensors[0])
 
     def read(self, index: Index, out: np.ndarray) -> None:
-        if not self.rule.is_stacked:
-            self._read_tensor(self.tensors[0], index, out)
-            return
-        for row, layer in zip(out, range(index[0].start, index[0].stop), strict=True):
-            self._read_tensor(self.tensors[layer], index[1:], row)
+        depth = len(self.rule.stack)
+        for place in np.ndindex(out.shape[:depth]):
+            number = 0
+            for offset, at, size in zip(place, index, self.rule.stack, strict=False):
+                number = number * size + at.start + offset
+            self._read_tensor(self.tensors[number], index[depth:], out[place])
 
     def _read_tensor(self, tensor: StoredTensor, index: Index, out: np.ndarray) -> None:
         tensor.read_view(lambda whole: self.rule.from_hf(whole, self.stored)[index], out)

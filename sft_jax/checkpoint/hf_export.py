@@ -24,6 +24,7 @@ from sft_jax.data.tokenizer import Tokenizer
 from sft_jax.datatypes import ConfigError, StorageError
 from sft_jax.model.families import TransformerConfig
 from sft_jax.model.hf_config import to_hf_config
+from sft_jax.model.router import dtype_among
 from sft_jax.typing import Array
 
 EXPORT_DTYPES = ("float32", "bfloat16", "float16", "float64")
@@ -62,7 +63,10 @@ def export_pretrained(
         raise ConfigError(f"export: dtype is {dtype!r}; expected one of {', '.join(EXPORT_DTYPES)}.")
     for rule in tensor_rules(config):
         assert params[rule.path].shape == rule.shape(config), f"{rule.path} is {params[rule.path].shape}"
-    specs = [TensorSpec(name, jnp.dtype(dtype), parts[0].hf_shape(config)) for name, parts, _ in hf_tensors(config)]
+    specs = [
+        TensorSpec(name, dtype_among(parts[0].path, dtype), parts[0].hf_shape(config))
+        for name, parts, _ in hf_tensors(config)
+    ]
     tensors = _one_ahead(_make_tensors(params, config, dtype))
 
     def fill(partial: Path) -> None:
@@ -151,8 +155,8 @@ def _make_tensors(
     params: Mapping[str, Array | ParamSource], config: TransformerConfig, dtype: str
 ) -> Iterator[tuple[str, np.ndarray]]:
     """(name, values) of each tensor of the folder, one at a time on the host; those of the vocabulary in pieces."""
-    kind = jnp.dtype(dtype)
     for name, parts, place in hf_tensors(config):
+        kind = dtype_among(parts[0].path, dtype)
         # Of embedding and head our rows are theirs, so that not all need be here.
         shape, is_whole = parts[0].hf_shape(config), parts[0].is_stacked or parts[0].dims != parts[0].hf_dims
         num_rows = shape[0] if is_whole else max(1, _PIECE_BYTES // (kind.itemsize * math.prod(shape[1:])))
@@ -160,31 +164,36 @@ def _make_tensors(
             values = np.empty((rows.stop - rows.start, *shape[1:]), kind)
             for rule in parts:
                 out = rule.from_hf(values, config) if is_whole else values
-                _fill(out, params[rule.path], place if rule.is_stacked else None, rows.start)
+                _fill(out, params[rule.path], place, rows.start)
             check_finite(values, f"export: {name}")
             yield name, values
             del values  # before the next one is made
 
 
-def _fill(out: np.ndarray, param: Array | ParamSource, layer: int | None, first_row: int) -> None:
-    """Copy one layer of a parameter, or some of its rows, into a view of the tensor that is to be, in blocks."""
+def _fill(out: np.ndarray, param: Array | ParamSource, place: tuple[int, ...], first_row: int) -> None:
+    """Copy one layer or expert of a parameter, or some of its rows, into a view of the tensor to be, in blocks."""
     num_rows = max(1, _BLOCK_BYTES // max(out[:1].nbytes, 1))
     blocks = [rows for (rows,) in boxes(out.shape[:1], (num_rows,))]
     if isinstance(param, ParamSource):
         with ThreadPoolExecutor(_WORKERS) as pool:
-            list(pool.map(lambda rows: _read_rows(out[rows], param, layer, first_row + rows.start), blocks))
+            list(pool.map(lambda rows: _read_rows(out[rows], param, place, first_row + rows.start), blocks))
     else:
-        part = param if layer is None else jax.lax.dynamic_index_in_dim(param, layer, keepdims=False)
+        part = _take(param, place) if place else param
         for rows in blocks:
             copy_in_blocks(out[rows], _pull(part, first_row + rows.start, rows.stop - rows.start))
 
 
-def _read_rows(out: np.ndarray, source: ParamSource, layer: int | None, first_row: int) -> None:
+def _read_rows(out: np.ndarray, source: ParamSource, place: tuple[int, ...], first_row: int) -> None:
     box = (slice(first_row, first_row + len(out)), *(slice(0, size) for size in out.shape[1:]))
-    if layer is None:
-        source.read(box, out)
-    else:
-        source.read((slice(layer, layer + 1), *box), out[None])
+    source.read((*(slice(at, at + 1) for at in place), *box), out[(None,) * len(place)])
+
+
+@jax.jit
+def _take(values: Array, place: tuple[int | Array, ...]) -> Array:
+    """values[place]; one compilation serves all places."""
+    rest = values.shape[len(place) :]
+    part = jax.lax.dynamic_slice(values, (*place, *(0 for _ in rest)), (*(1 for _ in place), *rest))
+    return jnp.squeeze(part, tuple(range(len(place))))
 
 
 def _pull(values: Array, first_row: int, num_rows: int) -> np.ndarray:

@@ -64,8 +64,8 @@ class AdapterTensor(NamedTuple):
     """Of the base's tensor: several where it is fused."""
     kind: str
     """`lora_a`, `lora_b` or `magnitude` of the maps; `whole`: the base's tensor itself."""
-    place: int | None
-    """In the stack of layers; None: the parameter belongs to no layer."""
+    place: tuple[int, ...]
+    """In the stack of layers and experts; (): the parameter belongs to no layer."""
     shape: tuple[int, ...]
 
     def path(self, rule: TensorRule) -> str:
@@ -97,8 +97,7 @@ def adapter_tensors(config: TransformerConfig, shapes: Mapping[str, tuple[int, .
     Raises:
       ConfigError: only some parts of a fused tensor train.
     """
-    for hf_name, rules, stacked_at in hf_tensors(config):
-        place = stacked_at if rules[0].is_stacked else None
+    for hf_name, rules, place in hf_tensors(config):
         outs_ins = rules[0].hf_shape(config)
         if _all_or_none(rules, [rule.path in shapes for rule in rules]):
             yield AdapterTensor(_PREFIX + hf_name, rules, "whole", place, outs_ins)
@@ -139,7 +138,7 @@ def export_adapter(
     """
     tensors = list(adapter_tensors(config, {path: value.shape for path, value in trained.items()}))
     target = Path(folder)
-    values = ((tensor.name, _to_peft(trained, tensor, dtype)) for tensor in tensors)
+    values = ((tensor.name, _to_peft(trained, tensor, config, dtype)) for tensor in tensors)
     if jax.process_index() != 0:
         for _ in values:  # gathering takes all processes
             pass
@@ -206,11 +205,12 @@ def _fused_patterns(tensors: list[AdapterTensor], lora: LoraConfig) -> tuple[dic
     return ranks, {name: lora.alpha * (num**0.5 if lora.use_rslora else num) for name, num in parts.items()}
 
 
-def _to_peft(trained: Params, tensor: AdapterTensor, dtype: str) -> np.ndarray:
+def _to_peft(trained: Params, tensor: AdapterTensor, config: TransformerConfig, dtype: str) -> np.ndarray:
     hosts = [_pull(trained[tensor.path(rule)], tensor.place) for rule in tensor.rules]
     if tensor.kind == "whole":
-        parts = [rule.to_hf(host) for rule, host in zip(tensor.rules, hosts, strict=True)]
-        values = parts[0] if len(parts) == 1 else np.concatenate(parts)
+        values = np.empty(tensor.shape, hosts[0].dtype)
+        for rule, host in zip(tensor.rules, hosts, strict=True):
+            rule.from_hf(values, config)[...] = host
     elif tensor.kind == "lora_a":
         values = np.concatenate([host.reshape(-1, host.shape[-1]).T for host in hosts])
     elif tensor.kind == "lora_b":
@@ -223,8 +223,8 @@ def _to_peft(trained: Params, tensor: AdapterTensor, dtype: str) -> np.ndarray:
     return values
 
 
-def _pull(value: Array, place: int | None) -> np.ndarray:
-    part = value if place is None else value[place]
+def _pull(value: Array, place: tuple[int, ...]) -> np.ndarray:
+    part = value[place] if place else value
     if not part.is_fully_addressable:
         part = multihost_utils.process_allgather(part, tiled=True)
     return np.asarray(part)
@@ -269,8 +269,7 @@ def load_adapter(
         if not np.isfinite(values).all():
             raise StorageError(f"{info} has NaN or infinite values. Use another adapter.")
         for rule, part in zip(tensor.rules, _from_peft(values, tensor, shapes, lora.rank, config, info), strict=True):
-            out = host[tensor.path(rule)]
-            out = out if tensor.place is None else out[tensor.place]
+            out = host[tensor.path(rule)][tensor.place]
             part = part.reshape(out.shape).astype(out.dtype)
             if tensor.name == _PREFIX + HEAD.hf_name and config.tie_embeddings and not np.array_equal(out, part):
                 raise StorageError(

@@ -15,7 +15,9 @@ from dataclasses import dataclass
 from typing import NamedTuple
 
 from sft_jax.datatypes import ConfigError
+from sft_jax.model.latent_config import LatentConfig
 from sft_jax.model.logits import LogitShape
+from sft_jax.model.moe_config import MoeConfig
 from sft_jax.model.rope import LongRopeScaling, RopeConfig
 
 
@@ -27,6 +29,8 @@ class LayerConfig:
     """Rotary positions; None: none."""
     window: int | None = None
     """A token sees this many tokens, itself the last; None: all before it."""
+    moe: MoeConfig | None = None
+    """The MLP is a mixture of experts; None: one MLP of `mlp_dim`."""
 
 
 class LayerGroup(NamedTuple):
@@ -63,6 +67,10 @@ class TransformerConfig:
     mlp_bias: bool = False
     activation: str = "silu"
     """Of the MLP's gate: silu or gelu_tanh."""
+    latent: LatentConfig | None = None
+    """Attention is latent: every head has its own key and value, and `head_dim` is that of queries and keys."""
+    attention_sinks: bool = False
+    """Each head learns a score beside those of the tokens, which takes its share of attention and gives nothing."""
     attention_scale: float | None = None
     """Multiplies the scores; None: head_dim ** -0.5."""
     attention_softcap: float | None = None
@@ -94,12 +102,34 @@ class TransformerConfig:
             )
         if self.num_layers < 1:
             raise ConfigError(f"model: num_layers is {self.num_layers}; expected more than 0.")
+        latent = self.latent
+        if latent and (self.num_kv_heads, self.head_dim) != (self.num_heads, latent.head_dim):
+            raise ConfigError(
+                f"model: latent attention has {self.num_kv_heads} key heads for {self.num_heads} query heads, and "
+                f"head_dim {self.head_dim}; expected as many, and {latent.head_dim}."
+            )
+        plain = (self.attention_sinks, self.qkv_bias, self.out_bias, self.qk_norm != "none")
+        if latent and any(plain):
+            raise ConfigError(
+                "model: latent attention has neither sinks nor norms of heads, and its biases are its own. Leave "
+                "attention_sinks, qk_norm, qkv_bias and out_bias at their defaults."
+            )
         for layer in {layer for group in self.layers for layer in group.pattern}:
-            _check_layer(layer, self.head_dim)
+            _check_layer(layer, self.rope_head_dim)
 
     @property
     def num_layers(self) -> int:
         return sum(len(group.pattern) * group.repeats for group in self.layers)
+
+    @property
+    def rope_head_dim(self) -> int:
+        """Dims of a head of which `RopeConfig.fraction` turn."""
+        return self.latent.rope_dim if self.latent else self.head_dim
+
+    @property
+    def value_dim(self) -> int:
+        """Dims of a head's value."""
+        return self.latent.value_dim if self.latent else self.head_dim
 
     @property
     def logit_shape(self) -> LogitShape:
@@ -141,6 +171,11 @@ def list_layers(config: TransformerConfig) -> list[LayerConfig]:
     return [layer for group in config.layers for layer in group.pattern * group.repeats]
 
 
+def find_moe(config: TransformerConfig) -> MoeConfig | None:
+    """The mixture that layers of a model have, all the same; None: none has one."""
+    return next((layer.moe for group in config.layers for layer in group.pattern if layer.moe), None)
+
+
 def group_layers(layers: Sequence[LayerConfig]) -> tuple[LayerGroup, ...]:
     """Layer by layer -> the groups with the fewest places in their patterns together, since each place is compiled.
 
@@ -177,11 +212,44 @@ def with_num_layers(config: TransformerConfig, num_layers: int) -> TransformerCo
 
 def num_params(config: TransformerConfig) -> int:
     """Number of parameters, with a tied head counted once."""
-    embed, mlp, heads, kv_heads = config.embed_dim, config.mlp_dim, config.num_heads, config.num_kv_heads
+    embeddings = config.vocab_size * config.embed_dim * (1 if config.tie_embeddings else 2)
+    norms = config.embed_dim * (4 if config.norms == "sandwich" else 2)
+    layers = list_layers(config)
+    mlps = sum(_mlp_params(config, layer, layer.moe.num_experts if layer.moe else 0) for layer in layers)
+    return embeddings + mlps + len(layers) * (_attention_params(config) + norms) + config.embed_dim
+
+
+def num_active_params(config: TransformerConfig) -> int:
+    """Those that one token meets: of a mixture, its own experts."""
+    layers = list_layers(config)
+    idle = sum(
+        _mlp_params(config, layer, layer.moe.num_experts) - _mlp_params(config, layer, layer.moe.experts_per_token)
+        for layer in layers
+        if layer.moe
+    )
+    return num_params(config) - idle
+
+
+def _attention_params(config: TransformerConfig) -> int:
+    embed, heads, kv_heads, latent = config.embed_dim, config.num_heads, config.num_kv_heads, config.latent
+    if latent:
+        query_in = latent.query_rank or embed
+        query = query_in * heads * config.head_dim + (embed + 1) * (latent.query_rank or 0)  # with the latent's norm
+        kv = embed * (latent.kv_rank + latent.rope_dim) + latent.kv_rank
+        expanded = latent.kv_rank * heads * (latent.plain_dim + latent.value_dim)
+        biases = (latent.query_rank or 0) + latent.kv_rank + latent.rope_dim + embed
+        return query + kv + expanded + heads * latent.value_dim * embed + biases * latent.use_bias
     attention = 2 * embed * config.head_dim * (heads + kv_heads)
     attention += config.head_dim * (heads + 2 * kv_heads) * config.qkv_bias + embed * config.out_bias
     attention += {"none": 0, "head": 2, "all": heads + kv_heads}[config.qk_norm] * config.head_dim
-    feed_forward = 3 * embed * mlp + (2 * mlp + embed) * config.mlp_bias
-    norms = embed * (4 if config.norms == "sandwich" else 2)
-    embeddings = config.vocab_size * embed * (1 if config.tie_embeddings else 2)
-    return embeddings + config.num_layers * (attention + feed_forward + norms) + embed
+    return attention + heads * config.attention_sinks
+
+
+def _mlp_params(config: TransformerConfig, layer: LayerConfig, num_experts: int) -> int:
+    """With so many experts of a mixture counted."""
+    embed, mlp, moe = config.embed_dim, config.mlp_dim, layer.moe
+    if moe is None:
+        return 3 * embed * mlp + (2 * mlp + embed) * config.mlp_bias
+    router = moe.num_experts * (embed + moe.router_bias + moe.correction_bias)
+    expert = 3 * embed * moe.expert_dim + (2 * moe.expert_dim + embed) * moe.expert_bias
+    return router + num_experts * expert + 3 * embed * moe.shared_dim

@@ -8,6 +8,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
+from sft_jax.model.moe_fields import MoeKeys
 from sft_jax.model.rope_fields import RopeDefaults
 
 
@@ -61,6 +62,8 @@ class Family:
     """For `windows="periodic"`: every n-th layer sees everything."""
     window: int | None = None
     """Default of `sliding_window`."""
+    window_switch: str | None = None
+    """The key without which no layer has a window; None: there is no such key."""
     activations: Mapping[str, str] = field(default_factory=dict)
     """Names of activations that mean something else than in other families."""
     scales_embedding: bool = False
@@ -69,6 +72,25 @@ class Family:
     """Keys that would change the numbers, and the one value that is supported (of an object: of its keys)."""
     harmless: frozenset[str] = frozenset()
     """Keys that change no number."""
+    moe: MoeKeys | None = None
+    """Layers have mixtures of experts, described by these keys."""
+    is_latent: bool = False
+    """Attention is latent."""
+    quantized: Mapping[str, Any] = field(default_factory=dict)
+    """What `quantization_config` says in folders whose codes are decoded when they are read; {}: there are none."""
+    written: Mapping[str, Any] = field(default_factory=dict)
+    """Keys that are written besides, because transformers assumes something else."""
+
+
+# Of transformers' training; ours are in config.loss.
+_ROUTER_LOSSES = frozenset({"router_aux_loss_coef", "output_router_logits"})
+_BLOCK_FP8 = {"quant_method": "fp8", "fmt": "e4m3", "weight_block_size": [128, 128]}
+# DeepSeek's folders name the code that came with them, which is never run: transformers' own is the same model.
+_DEEPSEEK_CODE = {
+    "AutoConfig": "configuration_deepseek.DeepseekV3Config",
+    "AutoModel": "modeling_deepseek.DeepseekV3Model",
+    "AutoModelForCausalLM": "modeling_deepseek.DeepseekV3ForCausalLM",
+}
 
 
 # Gemma's norms multiply by 1 + scale, and its embeddings by sqrt(embed_dim).
@@ -187,5 +209,102 @@ FAMILIES: dict[str, Family] = {
             "full_attn_mod": 1,
             "auto_map": _PHI3_CODE,
         },
+    ),
+    "mixtral": Family(
+        architecture="MixtralForCausalLM",
+        defaults={"num_key_value_heads": 8, "max_position_embeddings": 131_072, "rms_norm_eps": 1e-5},
+        rope=RopeDefaults(theta=1_000_000.0),
+        windows="all",
+        moe=MoeKeys(
+            num_experts=("num_local_experts", "num_experts"),
+            defaults={"num_local_experts": 8, "num_experts_per_tok": 2},
+        ),
+        only={"router_jitter_noise": 0},
+        harmless=_ROUTER_LOSSES,
+    ),
+    "qwen3_moe": Family(
+        architecture="Qwen3MoeForCausalLM",
+        fixed={"qk_norm": "head"},
+        options={"attention_bias": False},
+        defaults={"num_key_value_heads": 4, "max_position_embeddings": 32_768},
+        windows="all",
+        window_switch="use_sliding_window",
+        window=4096,
+        moe=MoeKeys(
+            num_experts=("num_experts", "num_local_experts"),
+            expert_dim="moe_intermediate_size",
+            options={"norm_topk_prob": ("normalize_weights", bool)},
+            defaults={
+                "num_experts": 128,
+                "num_experts_per_tok": 8,
+                "moe_intermediate_size": 768,
+                "norm_topk_prob": False,
+            },
+            placed="step",
+        ),
+        harmless=_ROUTER_LOSSES | {"max_window_layers"},  # the window is that of all layers
+        quantized=_BLOCK_FP8,
+    ),
+    "gpt_oss": Family(
+        architecture="GptOssForCausalLM",
+        fixed={"attention_sinks": True},
+        options={"attention_bias": True},
+        defaults={
+            "num_key_value_heads": 8,
+            "head_dim": 64,
+            "max_position_embeddings": 131_072,
+            "rms_norm_eps": 1e-5,
+        },
+        rope=RopeDefaults(
+            theta=150_000.0,
+            scaling={"rope_type": "yarn", "factor": 32.0, "truncate": False, "original_max_position_embeddings": 4096},
+        ),
+        windows="periodic",
+        window_period=2,
+        window=128,
+        moe=MoeKeys(
+            num_experts=("num_local_experts", "num_experts"),
+            experts_per_token=("num_experts_per_tok", "experts_per_token"),
+            fixed={"router_bias": True, "expert_bias": True},
+            options={"swiglu_limit": ("clamp", float)},
+            defaults={"num_local_experts": 128, "num_experts_per_tok": 4, "swiglu_limit": 7.0},
+        ),
+        only={"swiglu_alpha": 1.702},
+        harmless=_ROUTER_LOSSES | {"initial_context_length"},
+        quantized={"quant_method": "mxfp4"},
+    ),
+    # DeepSeek-V3 and R1, and what took over their code. The layers for multi-token prediction are left out.
+    "deepseek_v3": Family(
+        architecture="DeepseekV3ForCausalLM",
+        defaults={"max_position_embeddings": 4096},
+        is_latent=True,
+        moe=MoeKeys(
+            num_experts=("n_routed_experts", "num_local_experts"),
+            expert_dim="moe_intermediate_size",
+            fixed={"scores": "sigmoid", "correction_bias": True},
+            options={
+                "norm_topk_prob": ("normalize_weights", bool),
+                "routed_scaling_factor": ("weights_multiplier", float),
+                "n_group": ("num_groups", int),
+                "topk_group": ("groups_per_token", int),
+            },
+            defaults={
+                "n_routed_experts": 256,
+                "num_experts_per_tok": 8,
+                "moe_intermediate_size": 2048,
+                "n_shared_experts": 1,
+                "first_k_dense_replace": 3,
+                "norm_topk_prob": True,
+                "routed_scaling_factor": 2.5,
+                "n_group": 8,
+                "topk_group": 4,
+            },
+            shared="n_shared_experts",
+            placed="after_first",
+        ),
+        only={"scoring_func": "sigmoid", "topk_method": "noaux_tc", "moe_layer_freq": 1, "auto_map": _DEEPSEEK_CODE},
+        harmless=_ROUTER_LOSSES | {"num_nextn_predict_layers", "ep_size", "aux_loss_alpha", "seq_aux"},
+        written={"num_nextn_predict_layers": 0},
+        quantized=_BLOCK_FP8,
     ),
 }

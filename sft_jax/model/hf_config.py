@@ -4,6 +4,7 @@ Reading is strict: a key is understood, or known to change no number, or it is a
 (a bias, another activation, another rope) is a wrong model with a plausible loss.
 """
 
+import dataclasses
 import math
 from typing import Any
 
@@ -11,7 +12,8 @@ from sft_jax.datatypes import ConfigError
 from sft_jax.model.config_fields import Fields
 from sft_jax.model.families import LayerConfig, TransformerConfig, group_layers, list_layers
 from sft_jax.model.family_table import FAMILIES, OPTIONS, Family
-from sft_jax.model.rope import DynamicScaling, RopeConfig
+from sft_jax.model.moe_fields import latent_fields, moe_fields, take_latent, take_moe
+from sft_jax.model.rope import DynamicScaling, RopeConfig, YarnScaling
 from sft_jax.model.rope_fields import rope_fields, take_ropes
 
 # Keys that change no number here: identity, storage, generation defaults, reporting.
@@ -65,9 +67,17 @@ def read_hf_config(fields: dict[str, Any], where: str) -> TransformerConfig:
         config = TransformerConfig(family=name, **_take_values(rest, family))
     except ConfigError as error:
         raise error if str(error).startswith(where) else ConfigError(f"{where}: {error}") from None
+    _check_quantization(rest, family)
     only = _ONLY_VALUES | {"architectures": [family.architecture]} | dict(family.only)
     rest.refuse_rest(_HARMLESS_KEYS | family.harmless, only, f"a {name} model")
     return config
+
+
+def _check_quantization(rest: Fields, family: Family) -> None:
+    """Remove the description of codes that are decoded when they are read."""
+    described = rest.rest.get("quantization_config")
+    if isinstance(described, dict) and family.quantized and described.items() >= dict(family.quantized).items():
+        del rest.rest["quantization_config"]
 
 
 def _take_values(rest: Fields, family: Family) -> dict[str, Any]:
@@ -79,20 +89,31 @@ def _take_values(rest: Fields, family: Family) -> dict[str, Any]:
     max_position = rest.take("max_position_embeddings", int, defaults.get("max_position_embeddings", 2048))
     num_kv_heads = rest.take_optional("num_key_value_heads", int, defaults.get("num_key_value_heads", num_heads))
     full, sliding = take_ropes(rest, family.rope, max_position)
+    mlp_dim = rest.take("intermediate_size", int)
+    layers = _take_layers(rest, family, num_layers, full, sliding)
+    if family.moe:
+        mixtures = take_moe(rest, family.moe, num_layers, mlp_dim)
+        layers = [dataclasses.replace(layer, moe=moe) for layer, moe in zip(layers, mixtures, strict=True)]
+    latent = take_latent(rest) if family.is_latent else None
     values: dict[str, Any] = {
         "vocab_size": rest.take("vocab_size", int),
         "embed_dim": embed_dim,
-        "mlp_dim": rest.take("intermediate_size", int),
+        "mlp_dim": mlp_dim,
         "num_heads": num_heads,
         "num_kv_heads": num_heads if num_kv_heads is None else num_kv_heads,
-        "head_dim": rest.take("head_dim", int, defaults.get("head_dim", embed_dim // max(num_heads, 1))),
-        "layers": group_layers(_take_layers(rest, family, num_layers, full, sliding)),
+        "head_dim": latent.head_dim
+        if latent
+        else rest.take("head_dim", int, defaults.get("head_dim", embed_dim // max(num_heads, 1))),
+        "latent": latent,
+        "layers": group_layers(layers),
         "norm_eps": rest.take("rms_norm_eps", float, defaults.get("rms_norm_eps", 1e-6)),
         "activation": _take_activation(rest, family),
         "tie_embeddings": rest.take("tie_word_embeddings", bool, defaults.get("tie_word_embeddings", False)),
         "max_position": _usable_positions(full, max_position),
         "initializer_range": rest.take("initializer_range", float, 0.02),
     } | dict(family.fixed)
+    if latent and isinstance(full.scaling, YarnScaling):
+        values["attention_scale"] = latent.head_dim**-0.5 * full.scaling.latent_factor
     if family.scales_embedding:
         values["embedding_multiplier"] = math.sqrt(embed_dim)
     for key, default in family.options.items():
@@ -129,6 +150,8 @@ def _take_layers(
     if family.windows == "none":
         return [LayerConfig(rope=full)] * num_layers
     window = rest.take_optional("sliding_window", int, family.window)
+    if family.window_switch and not rest.take(family.window_switch, bool, False):
+        window = None
     if family.windows == "all":
         return [LayerConfig(rope=full if window is None else sliding, window=window)] * num_layers
     if family.windows == "last":
@@ -176,13 +199,15 @@ def to_hf_config(config: TransformerConfig, dtype: str) -> dict[str, Any]:
         "num_hidden_layers": config.num_layers,
         "num_attention_heads": config.num_heads,
         "num_key_value_heads": config.num_kv_heads,
-        "head_dim": config.head_dim,
+        **(latent_fields(config.latent) if config.latent else {"head_dim": config.head_dim}),
         "hidden_act": activation,
         "attention_dropout": 0.0,
         "max_position_embeddings": max_position,
         "rms_norm_eps": config.norm_eps,
         **rope_fields(full, sliding, family.rope, max_position),
         **_window_fields(layers, family),
+        **(moe_fields(family.moe, [layer.moe for layer in layers]) if family.moe else {}),
+        **family.written,
         "tie_word_embeddings": config.tie_embeddings,
         "initializer_range": config.initializer_range,
         "torch_dtype": dtype,
@@ -202,6 +227,8 @@ def _window_fields(layers: list[LayerConfig], family: Family) -> dict[str, Any]:
         return {}
     window = next((layer.window for layer in layers if layer.window is not None), None)
     fields: dict[str, Any] = {"sliding_window": window}
+    if family.window_switch:
+        fields[family.window_switch] = window is not None
     if family.windows == "all":
         return fields
     if family.windows == "last":

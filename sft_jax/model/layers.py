@@ -1,4 +1,4 @@
-"""The parts of a decoder layer: normalisation, attention heads, MLP.
+"""The parts of a plain decoder layer: normalisation, attention heads, MLP.
 
 Modules keep parameters in the dtype they were made with and compute in the dtype of their input. They are plain
 pytrees: `jax.vmap` over keys makes a stack of layers and `jax.lax.scan` runs it. A layer knows nothing of positions,
@@ -49,7 +49,8 @@ def make_norm(config: TransformerConfig, dim: int, dtype: DTypeLike) -> RMSNorm:
     return RMSNorm(dim, config.norm_eps, dtype, config.norm_adds_one)
 
 
-def _normed(norm: RMSNorm | None, x: Array) -> Array:
+def normed(norm: RMSNorm | None, x: Array) -> Array:
+    """X where there is no norm."""
     return x if norm is None else norm(x)
 
 
@@ -67,6 +68,8 @@ class Attention(nnx.Module):
         dims = (math.prod(shape) if self.norms_all_heads else config.head_dim for shape in (heads, kv_heads))
         norms = (None if config.qk_norm == "none" else make_norm(config, dim, dtype) for dim in dims)
         self.query_norm, self.key_norm = norms
+        if config.attention_sinks:
+            self.sinks = nnx.Param(jnp.zeros(config.num_heads, dtype))
 
     def __call__(
         self, x: Float[Array, "B L D"], attend: Attend, mesh: Mesh | AbstractMesh | None
@@ -74,11 +77,11 @@ class Attention(nnx.Module):
         q = constrain(self._norm_heads(self.query_norm, self.query(x)), mesh, "batch", "seq", "heads", None)
         k = constrain(self._norm_heads(self.key_norm, self.key(x)), mesh, "batch", "seq", "kv_heads", None)
         v = constrain(self.value(x), mesh, "batch", "seq", "kv_heads", None)
-        mixed_BLNH, carried = attend(q, k, v)
+        mixed_BLNH, carried = attend(q, k, v, self.sinks[...] if hasattr(self, "sinks") else None)
         return self.out(mixed_BLNH), carried
 
     def _norm_heads(self, norm: RMSNorm | None, x: Float[Array, "B L N H"]) -> Float[Array, "B L N H"]:
-        return _normed(norm, x.reshape(*x.shape[:2], -1)).reshape(x.shape) if self.norms_all_heads else _normed(norm, x)
+        return normed(norm, x.reshape(*x.shape[:2], -1)).reshape(x.shape) if self.norms_all_heads else normed(norm, x)
 
 
 def activate(name: str, x: Array) -> Array:
@@ -99,31 +102,3 @@ class Mlp(nnx.Module):
     def __call__(self, x: Float[Array, "B L D"], mesh: Mesh | AbstractMesh | None) -> Float[Array, "B L D"]:
         hidden_BLF = activate(self.activation, self.gate(x)) * self.up(x)
         return self.down(constrain(hidden_BLF, mesh, "batch", "seq", "mlp"))
-
-
-class DecoderLayer(nnx.Module):
-    """Attention and MLP, each added to its input, with a norm before, after, or on both sides."""
-
-    def __init__(self, config: TransformerConfig, key: Key[Array, ""], dtype: DTypeLike):
-        attention_key, mlp_key = jax.random.split(key)
-        self.residual_multiplier = config.residual_multiplier
-
-        def norm_for(*layouts: str) -> RMSNorm | None:
-            return make_norm(config, config.embed_dim, dtype) if config.norms in layouts else None
-
-        self.attention_norm, self.mlp_norm = norm_for("pre", "sandwich"), norm_for("pre", "sandwich")
-        self.attention_post_norm, self.mlp_post_norm = norm_for("post", "sandwich"), norm_for("post", "sandwich")
-        self.attention = Attention(config, attention_key, dtype)
-        self.mlp = Mlp(config, mlp_key, dtype)
-
-    def __call__(
-        self, x: Float[Array, "B L D"], attend: Attend, mesh: Mesh | AbstractMesh | None
-    ) -> tuple[Float[Array, "B L D"], Any]:
-        mixed, carried = self.attention(_normed(self.attention_norm, x), attend, mesh)
-        x = self._add(x, _normed(self.attention_post_norm, mixed), mesh)
-        hidden = self.mlp(_normed(self.mlp_norm, x), mesh)
-        return self._add(x, _normed(self.mlp_post_norm, hidden), mesh), carried
-
-    def _add(self, x: Array, more: Array, mesh: Mesh | AbstractMesh | None) -> Array:
-        more = more if self.residual_multiplier == 1 else more * self.residual_multiplier
-        return constrain(x + more, mesh, "batch", "seq", None)

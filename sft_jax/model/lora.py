@@ -23,6 +23,7 @@ from sft_jax.model import quantized
 from sft_jax.model.adapter_use import fold_in_path
 from sft_jax.model.families import TransformerConfig
 from sft_jax.model.linear import ADAPTERS, STORED, column_lengths, merge_kernel, read_kernel
+from sft_jax.model.router import dtype_among
 from sft_jax.model.transformer import Params, linears, logical_dims
 from sft_jax.typing import Array, Key
 
@@ -109,7 +110,7 @@ def lay_out(
         elif lora.quantize != "none" and module in kernels:
             frozen |= _quantized_leaves(module, kernels[module], lora.quantize)
         else:
-            frozen[path] = Leaf(dims, leaf.shape, jnp.dtype(frozen_dtype))
+            frozen[path] = Leaf(dims, leaf.shape, dtype_among(path, frozen_dtype))
     for module in targets:
         dtype = base[f"{module}.kernel"].dtype
         for name, pairs in _adapter_dims(kernels[module], lora).items():

@@ -15,7 +15,7 @@ from sft_jax.model.hf_config import read_hf_config
 
 
 def preset_config(name: str, overrides: dict[str, Any]) -> TransformerConfig:
-    """A preset with some fields changed: any but `family` and `layers`, of which `num_layers` may be changed.
+    """A preset with some fields changed: any but `family`, `latent` and `layers`, of which `num_layers` may be changed.
 
     Raises:
       ConfigError: for an unknown preset or field, or a wrong type.
@@ -24,7 +24,7 @@ def preset_config(name: str, overrides: dict[str, Any]) -> TransformerConfig:
         raise ConfigError(f"config.model.preset: is {name!r}; expected one of {', '.join(PRESETS)}.")
     where = "config.model.overrides"
     hints = typing.get_type_hints(TransformerConfig)
-    kinds = {field: hints[field] for field in hints if field not in ("family", "layers")}
+    kinds = {field: hints[field] for field in hints if field not in ("family", "layers", "latent")}
     known = ["num_layers", *kinds]
     for field in overrides:
         if field not in known:
@@ -208,6 +208,28 @@ TABLE: dict[str, Preset] = {
     "granite3.1-8b": _preset(
         "granite", "ibm-granite/granite-3.1-8b-instruct", (40, 4096, 12800, 32, 8), 49_155, **_GRANITE3,
         rope_theta=10_000_000.0, attention_multiplier=0.0078125, logits_scaling=16.0,
+    ),
+    "mixtral-8x7b": _preset(
+        "mixtral", "mistralai/Mixtral-8x7B-v0.1", (32, 4096, 14336, 32, 8), 32_000, sliding_window=None,
+        num_local_experts=8, num_experts_per_tok=2, max_position_embeddings=32_768,
+    ),
+    "qwen3-30b-a3b": _preset(
+        "qwen3_moe", "Qwen/Qwen3-30B-A3B", (48, 2048, 6144, 32, 4), 151_936, **_QWEN3, norm_topk_prob=True,
+        num_experts=128, num_experts_per_tok=8, moe_intermediate_size=768,
+    ),
+    "gpt-oss-20b": _preset(
+        "gpt_oss", "openai/gpt-oss-20b", (24, 2880, 2880, 64, 8), 201_088, num_local_experts=32, num_experts_per_tok=4
+    ),
+    "gpt-oss-120b": _preset(
+        "gpt_oss", "openai/gpt-oss-120b", (36, 2880, 2880, 64, 8), 201_088, num_local_experts=128, num_experts_per_tok=4
+    ),
+    "deepseek-v3": _preset(
+        "deepseek_v3", "deepseek-ai/DeepSeek-V3", (61, 7168, 18432, 128, 128), 129_280, n_routed_experts=256,
+        num_experts_per_tok=8, moe_intermediate_size=2048, max_position_embeddings=163_840, rope_theta=10_000.0,
+        rope_scaling={
+            "type": "yarn", "factor": 40.0, "beta_fast": 32.0, "beta_slow": 1.0, "mscale": 1.0, "mscale_all_dim": 1.0,
+            "original_max_position_embeddings": 4096,
+        },
     ),
 }  # fmt: skip
 

@@ -62,6 +62,19 @@ class YarnScaling:
     """Pairs that turn less often than this are slowed by the whole factor."""
     truncate: bool = True
     """Whether the ends of the blend are rounded outwards to whole pairs."""
+    mscale: float = 0.0
+    mscale_all_dim: float = 0.0
+    """0: unused. With both, `attention_factor` is their quotient; and latent attention, of which few dims turn, has its
+    scores multiplied by `latent_factor` instead."""
+
+    @property
+    def latent_factor(self) -> float:
+        return yarn_factor(self.factor, self.mscale_all_dim) ** 2
+
+
+def yarn_factor(factor: float, scale: float = 1.0) -> float:
+    """By how much a stretch sharpens attention, through query and key each. Source: arXiv:2309.00071, equation 22."""
+    return 1.0 if factor <= 1 else 0.1 * scale * math.log(factor) + 1.0
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -14,6 +14,7 @@ from sft_jax.model.rope import (
     RopeConfig,
     RopeScaling,
     YarnScaling,
+    yarn_factor,
 )
 
 _KINDS = ("full_attention", "sliding_attention")
@@ -27,6 +28,8 @@ class RopeDefaults(NamedTuple):
     """Of the layers with a window, which then have a base of their own and no scaling; None: all layers are alike."""
     original_max_position: int | None = None
     """A key beside the others, stronger than the one within the scaling; None: there is no such default."""
+    scaling: dict[str, Any] | None = None
+    """What a folder without a scaling has."""
     types: tuple[str, ...] = ()
     """Types of scaling that the family has; (): all."""
 
@@ -44,7 +47,7 @@ def take_ropes(fields: Fields, defaults: RopeDefaults, max_position: int) -> tup
         types=defaults.types or tuple(_READERS),
     )
     name = "rope_scaling" if old is not None else "rope_parameters"
-    values = old or new or {}
+    values = old or new or defaults.scaling or {}
     if defaults.local_theta is None:
         rope = _read_rope(Fields(values, f"{fields.where}: {name}"), outer, defaults.theta)
         return rope, rope
@@ -123,22 +126,22 @@ def _read_yarn(fields: Fields, outer: _Outer) -> YarnScaling:
     original = _original(fields, outer)
     factor = fields.take("factor", float, outer.max_position / original)
     scales = fields.take("mscale", float, 0.0), fields.take("mscale_all_dim", float, 0.0)
-    default = _yarn_attention_factor(factor)
-    if all(scales):
-        default = _yarn_attention_factor(factor, scales[0]) / _yarn_attention_factor(factor, scales[1])
     return YarnScaling(
         factor=factor,
         original_max_position=original,
-        attention_factor=fields.take("attention_factor", float, default),
+        attention_factor=fields.take("attention_factor", float, _yarn_attention_factor(factor, *scales)),
         beta_fast=fields.take("beta_fast", float, 32.0),
         beta_slow=fields.take("beta_slow", float, 1.0),
         truncate=fields.take("truncate", bool, True),
+        mscale=scales[0],
+        mscale_all_dim=scales[1],
     )
 
 
-def _yarn_attention_factor(factor: float, scale: float = 1.0) -> float:
-    """Source: arXiv:2309.00071, equation 22."""
-    return 1.0 if factor <= 1 else 0.1 * scale * math.log(factor) + 1.0
+def _yarn_attention_factor(factor: float, mscale: float, mscale_all_dim: float) -> float:
+    if mscale and mscale_all_dim:
+        return yarn_factor(factor, mscale) / yarn_factor(factor, mscale_all_dim)
+    return yarn_factor(factor)
 
 
 def _read_longrope(fields: Fields, outer: _Outer) -> LongRopeScaling:
@@ -176,6 +179,8 @@ def rope_fields(full: RopeConfig, sliding: RopeConfig, defaults: RopeDefaults, m
     """The older spelling, which every version of transformers reads. `take_ropes` gives the two back."""
     assert sliding == full or (defaults.local_theta is not None and sliding.scaling is None)
     fields: dict[str, Any] = {"rope_theta": full.theta, "rope_scaling": _scaling_fields(full.scaling, max_position)}
+    if defaults.scaling and full.scaling is None:
+        fields["rope_scaling"] = {"rope_type": "default"}
     if full.fraction != 1:
         fields["partial_rotary_factor"] = full.fraction
     if defaults.local_theta is not None:
@@ -204,7 +209,9 @@ def _scaling_fields(scaling: RopeScaling | None, max_position: int) -> dict[str,
         fields |= {"rope_type": "yarn", "factor": scaling.factor}
         fields |= {"beta_fast": scaling.beta_fast, "beta_slow": scaling.beta_slow}
         fields |= {} if scaling.truncate else {"truncate": False}
-        default = _yarn_attention_factor(scaling.factor)
+        scales = {"mscale": scaling.mscale, "mscale_all_dim": scaling.mscale_all_dim}
+        fields |= {name: scale for name, scale in scales.items() if scale}
+        default = _yarn_attention_factor(scaling.factor, **scales)
     else:
         fields |= {"rope_type": "longrope", "short_factor": list(scaling.short), "long_factor": list(scaling.long)}
         default = _longrope_attention_factor(

@@ -14,7 +14,16 @@ layers at one place of a group's pattern are stacked in front. A model of like l
     final_norm.scale                                 [D]
     head.kernel                                      [V, D]          only where the embedding is not tied
 
-and where the family has them, biases, norms of queries and keys, and norms after attention and MLP.
+and where the family has them, biases, norms of queries and keys, norms after attention and MLP, sinks, and
+
+    layers.0.0.mlp.router.kernel                     [repeats, D, E]
+    layers.0.0.mlp.experts.{gate, up}.kernel         [repeats, E, D, F]
+    layers.0.0.mlp.experts.down.kernel               [repeats, E, F, D]
+    layers.0.0.mlp.shared.{gate, up, down}.kernel    as those of an MLP
+    layers.0.0.attention.query_down.kernel           [repeats, D, query_rank]     latent attention, with its query from
+    layers.0.0.attention.query.kernel                [repeats, query_rank, N, H]
+    layers.0.0.attention.kv_down.kernel              [repeats, D, kv_rank + rope_dim]
+    layers.0.0.attention.kv_up.kernel                [repeats, kv_rank, N, plain_dim + value_dim]
 """
 
 import functools
@@ -31,10 +40,12 @@ from jax.typing import DTypeLike
 from sft_jax.datatypes import ConfigError
 from sft_jax.model.adapter_use import AdapterUse, stack_keys
 from sft_jax.model.attention import Rows, Scores, attend, segment_lengths
+from sft_jax.model.decoder_layer import DecoderLayer
 from sft_jax.model.families import LayerConfig, TransformerConfig, list_layers
-from sft_jax.model.layers import Attend, DecoderLayer, make_norm
+from sft_jax.model.layers import Attend, make_norm
 from sft_jax.model.linear import OPTIONAL, Linear
 from sft_jax.model.rope import Rope, RopeConfig, rope_for, rotate
+from sft_jax.model.router import RouterSums, TokenWeights, join_sums
 from sft_jax.sharding import constrain
 from sft_jax.typing import Array, Float, Int, Key
 
@@ -51,11 +62,21 @@ LOGICAL_DIMS: tuple[tuple[str, tuple[str | None, ...]], ...] = (
     (_LAYER + r"attention\.(key|value)\.kernel", ("layers", "embed", "kv_heads", "head_dim")),
     (_LAYER + r"attention\.query\.bias", ("layers", "heads", "head_dim")),
     (_LAYER + r"attention\.(key|value)\.bias", ("layers", "kv_heads", "head_dim")),
-    (_LAYER + r"attention\.(query|key)_norm\.scale", ("layers", "norm")),
+    (_LAYER + r"attention\.(query|key|kv)_norm\.scale", ("layers", "norm")),
+    (_LAYER + r"attention\.sinks", ("layers", "heads")),
+    (_LAYER + r"attention\.(query|kv)_down\.kernel", ("layers", "embed", None)),
+    (_LAYER + r"attention\.(query|kv)_down\.bias", ("layers", "norm")),
+    (_LAYER + r"attention\.kv_up\.kernel", ("layers", "embed", "heads", "head_dim")),
     (_LAYER + r"attention\.out\.kernel", ("layers", "heads", "head_dim", "embed")),
-    (_LAYER + r"mlp\.(gate|up)\.kernel", ("layers", "embed", "mlp")),
+    (_LAYER + r"mlp\.router\.kernel", ("layers", "embed", None)),
+    (_LAYER + r"mlp\.router\.(bias|correction)", ("layers", "norm")),
+    (_LAYER + r"mlp\.experts\.(gate|up)\.kernel", ("layers", "expert", "embed", "mlp")),
+    (_LAYER + r"mlp\.experts\.(gate|up)\.bias", ("layers", "expert", "mlp")),
+    (_LAYER + r"mlp\.experts\.down\.kernel", ("layers", "expert", "mlp", "embed")),
+    (_LAYER + r"mlp\.experts\.down\.bias", ("layers", "expert", "norm")),
+    (_LAYER + r"mlp\.(shared\.)?(gate|up)\.kernel", ("layers", "embed", "mlp")),
     (_LAYER + r"mlp\.(gate|up)\.bias", ("layers", "mlp")),
-    (_LAYER + r"mlp\.down\.kernel", ("layers", "mlp", "embed")),
+    (_LAYER + r"mlp\.(shared\.)?down\.kernel", ("layers", "mlp", "embed")),
     (_LAYER + r"(attention\.out|mlp\.down)\.bias", ("layers", "norm")),
 )
 
@@ -83,7 +104,7 @@ class KVCache(NamedTuple):
     """
 
     keys: Float[Array, "repeats B M K H"]
-    values: Float[Array, "repeats B M K H"]
+    values: Float[Array, "repeats B M K Hv"]
 
 
 Cache = tuple[tuple[KVCache, ...], ...]  # by group and place
@@ -114,9 +135,11 @@ class Transformer(nnx.Module):
         keys, groups = jax.random.split(layers_key, config.num_layers), []
         for group in config.layers:
             group_keys, keys = jnp.split(keys, [group.repeats * len(group.pattern)])
-            make_stack = jax.vmap(lambda layer_key: DecoderLayer(config, layer_key, dtype))
-            places = range(len(group.pattern))
-            groups.append(nnx.List([make_stack(group_keys[place :: len(group.pattern)]) for place in places]))
+            stacks = []
+            for place, layer in enumerate(group.pattern):
+                make_stack = jax.vmap(functools.partial(DecoderLayer, config, layer, dtype=dtype))
+                stacks.append(make_stack(group_keys[place :: len(group.pattern)]))
+            groups.append(nnx.List(stacks))
         self.layers = nnx.List(groups)
         self.final_norm = make_norm(config, config.embed_dim, dtype)
         if not config.tie_embeddings:  # laid out as the embedding is, [V, D]; a tied head reads the embedding itself
@@ -133,7 +156,8 @@ class Transformer(nnx.Module):
         attention: str,
         mesh: Mesh | AbstractMesh | None,
         noise: EmbeddingNoise | None,
-    ) -> Float[Array, "B L D"]:
+        router_weights: Float[Array, "B L"] | None,
+    ) -> tuple[Float[Array, "B L D"], RouterSums | None]:
         ropes = self._ropes(rows.positions, functools.partial(segment_lengths, rows), compute_dtype)
         x = self._embed(inputs, compute_dtype, mesh)
         if noise is not None:
@@ -147,19 +171,23 @@ class Transformer(nnx.Module):
 
             return attend_rows
 
+        tokens, all_sums = TokenWeights(rows.segment_ids, router_weights), []
         for group, places in zip(self.config.layers, self.layers, strict=True):
             run_layers = [
-                _rematerialized(functools.partial(_run_layer, attend=make_attend(layer), mesh=mesh), remat)
+                _rematerialized(functools.partial(_run_layer, make_attend(layer), tokens, mesh), remat)
                 for layer in group.pattern
             ]
 
-            def run_pattern(x: Array, layers: Any, run_layers: Any = run_layers) -> tuple[Array, None]:
+            def run_pattern(x: Array, layers: Any, run_layers: Any = run_layers) -> tuple[Array, list[Any]]:
+                sums = []
                 for run_layer, layer in zip(run_layers, layers, strict=True):
-                    x = run_layer(x, layer)
-                return x, None
+                    x, layer_sums = run_layer(x, layer)
+                    sums.append(layer_sums)
+                return x, sums
 
-            x, _ = jax.lax.scan(run_pattern, x, tuple(places))
-        return self.final_norm(x)
+            x, sums = jax.lax.scan(run_pattern, x, tuple(places))
+            all_sums += sums
+        return self.final_norm(x), join_sums(all_sums)
 
     def decode(
         self,
@@ -191,6 +219,7 @@ class Transformer(nnx.Module):
 
             return attend_cached
 
+        tokens = TokenWeights(rows.segment_ids, None)
         x, new_cache = self._embed(inputs, compute_dtype, mesh), []
         for group, places, stacks in zip(self.config.layers, self.layers, cache, strict=True):
 
@@ -198,7 +227,7 @@ class Transformer(nnx.Module):
                 (x, stacks), (layers, repeat) = carry, scanned
                 new_stacks = []
                 for config, layer, stack in zip(pattern, layers, stacks, strict=True):
-                    x, new_stack = layer(x, make_attend(config, stack, repeat), mesh)
+                    x, new_stack, _ = layer(x, make_attend(config, stack, repeat), tokens, mesh)
                     new_stacks.append(new_stack)
                 return (x, tuple(new_stacks)), None
 
@@ -222,12 +251,17 @@ class Transformer(nnx.Module):
         for layer in list_layers(self.config):
             if layer.rope is not None and layer.rope not in ropes:
                 own_lengths = lengths() if layer.rope.needs_lengths else None
-                ropes[layer.rope] = rope_for(positions, own_lengths, layer.rope, self.config.head_dim, compute_dtype)
+                ropes[layer.rope] = rope_for(
+                    positions, own_lengths, layer.rope, self.config.rope_head_dim, compute_dtype
+                )
         return ropes
 
 
-def _run_layer(x: Array, layer: DecoderLayer, attend: Attend, mesh: Mesh | AbstractMesh | None) -> Array:
-    return layer(x, attend, mesh)[0]
+def _run_layer(
+    attend: Attend, tokens: TokenWeights, mesh: Mesh | AbstractMesh | None, x: Array, layer: DecoderLayer
+) -> tuple[Array, RouterSums | None]:
+    x, _, sums = layer(x, attend, tokens, mesh)
+    return x, sums
 
 
 def _draw_noise(noise: EmbeddingNoise, rows: Rows, embed_dim: int) -> Float[Array, "B L D"]:
@@ -327,9 +361,38 @@ def forward(
     Raises:
       ConfigError: for an unknown `remat` or `attention`.
     """
+    options: dict[str, Any] = dict(
+        compute_dtype=compute_dtype, remat=remat, attention=attention, mesh=mesh, noise=noise, adapters=adapters
+    )
+    return forward_and_route(params, config, inputs, positions, segment_ids, router_weights=None, **options)[0]
+
+
+def forward_and_route(
+    params: Mapping[str, Array],
+    config: TransformerConfig,
+    inputs: Int[Array, "B L"],
+    positions: Int[Array, "B L"],
+    segment_ids: Int[Array, "B L"],
+    *,
+    router_weights: Float[Array, "B L"] | None,
+    compute_dtype: DTypeLike,
+    remat: str,
+    attention: str,
+    mesh: Mesh | AbstractMesh | None = None,
+    noise: EmbeddingNoise | None = None,
+    adapters: AdapterUse | None = None,
+) -> tuple[Float[Array, "B L D"], RouterSums | None]:
+    """As `forward`, and the sums over the choices of all routers; None where the model has none.
+
+    Args:
+      router_weights: how much each token counts in the router's losses; None: none does.
+    """
     model = _merge(params, config, adapters)
     rows = Rows(positions, segment_ids)
-    return model(inputs, rows, compute_dtype=compute_dtype, remat=remat, attention=attention, mesh=mesh, noise=noise)
+    options: dict[str, Any] = dict(
+        compute_dtype=compute_dtype, remat=remat, attention=attention, mesh=mesh, noise=noise
+    )
+    return model(inputs, rows, router_weights=router_weights, **options)
 
 
 def decode(
@@ -363,8 +426,8 @@ def empty_cache(config: TransformerConfig, batch_size: int, num_slots: int, dtyp
     """A cache of `num_slots` tokens a row with nothing in it."""
 
     def empty(repeats: int) -> KVCache:
-        shape = (repeats, batch_size, num_slots, config.num_kv_heads, config.head_dim)
-        return KVCache(jnp.zeros(shape, dtype), jnp.zeros(shape, dtype))
+        shape = (repeats, batch_size, num_slots, config.num_kv_heads)
+        return KVCache(jnp.zeros((*shape, config.head_dim), dtype), jnp.zeros((*shape, config.value_dim), dtype))
 
     return tuple(tuple(empty(group.repeats) for _ in group.pattern) for group in config.layers)
 

@@ -24,6 +24,7 @@ from jax.sharding import PartitionSpec as P
 
 from sft_jax.config_schema import LossConfig
 from sft_jax.model.logits import PLAIN_LOGITS, LogitShape
+from sft_jax.model.router import RouterSums
 from sft_jax.sharding import BATCH_AXES
 from sft_jax.typing import Array, Float, Int
 
@@ -39,6 +40,7 @@ class LossSums:
     weight_sum: Any  # scalar
     nll: Any  # [B, L]: -log p(target), unweighted; 0 where the weight is 0
     correct: Any  # bool [B, L]: no token is likelier than the target; False where the weight is 0
+    router: RouterSums | None = None  # over the choices of experts, where the model has any
 
 
 def sum_cross_entropy(

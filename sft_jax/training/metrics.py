@@ -62,7 +62,8 @@ class StepMeter:
         weight = float(np.sum(metrics["weight_sum"]))
         self._tokens += float(metrics["num_tokens"])
         self._weight += weight
-        scalars = ("loss", "grad_norm", "learning_rate", "num_skipped", "padding_fraction")
+        scalars = ["loss", "grad_norm", "learning_rate", "num_skipped", "padding_fraction"]
+        scalars += [name for name in metrics if name.startswith("router/")]
         record = {name: float(metrics[name]) for name in scalars} | {"weight_sum": weight}
         return record | source_record(metrics, "train/", self._names) if weight else record
 

@@ -1,5 +1,6 @@
 """One optimizer step: batch in, new state and metrics out. The only place that divides by `weight_sum`."""
 
+import dataclasses
 from collections.abc import Callable
 from functools import partial
 from typing import Any
@@ -9,10 +10,12 @@ import jax.numpy as jnp
 import optax
 from jax.sharding import AbstractMesh, Mesh
 
-from sft_jax.config_schema import Config
+from sft_jax.config_schema import Config, LossConfig
+from sft_jax.datatypes import ConfigError
 from sft_jax.model.adapter_use import AdapterDropout, AdapterUse
-from sft_jax.model.families import TransformerConfig
-from sft_jax.model.transformer import EmbeddingNoise, Params, forward, output_head
+from sft_jax.model.families import TransformerConfig, find_moe
+from sft_jax.model.router import RouterSums
+from sft_jax.model.transformer import EmbeddingNoise, Params, forward_and_route, output_head
 from sft_jax.sharding import Batch, constrain
 from sft_jax.training.loss import LossSums, sum_cross_entropy
 from sft_jax.training.state import TrainState
@@ -33,13 +36,19 @@ def make_train_step(
     """`(state, frozen, batch) -> (state, metrics)`, to be jitted with the state donated.
 
     Gradients of *sums* are added over microbatches and divided once by the global weight, so microbatches, packing and
-    the mesh do not change the update. A step whose loss, gradient or update is not finite changes nothing but `step`
+    the mesh do not change the update. Losses of routers over all tokens have another divisor: their sums are multiplied
+    by the quotient of the two. A step whose loss, gradient or update is not finite changes nothing but `step`
     and `num_skipped`: old values are selected, not multiplied by zero, so that NaN cannot leak.
     """
+    _check_router_losses(config.loss, model)
     sum_loss = partial(sum_batch_loss, config=config, model=model, mesh=mesh, noise_seed=config.run.seed)
 
     def train_step(state: TrainState, frozen: Params, batch: Batch) -> tuple[TrainState, Metrics]:
-        grads, sums = _accumulate_grads(sum_loss, state.params, frozen, batch, config, mesh)
+        router_weight = jnp.sum(router_weights(batch, config))
+        router_scale = jnp.sum(batch.loss_weights.astype(router_weight.dtype)) / router_weight
+        grads, sums = _accumulate_grads(
+            partial(sum_loss, router_scale=router_scale), state.params, frozen, batch, config, mesh
+        )
         grads = jax.tree.map(lambda grad: grad / sums.weight_sum, grads)
         loss = sums.loss_sum / sums.weight_sum
 
@@ -68,6 +77,7 @@ def make_train_step(
             "num_tokens": jnp.sum(batch.segment_ids != 0),
             "padding_fraction": jnp.mean(batch.segment_ids == 0),
             **source_sums(sums, batch, num_sources),
+            **(router_metrics(sums.router, router_weight) if sums.router else {}),
         }
         return new, metrics
 
@@ -95,8 +105,14 @@ def sum_batch_loss(
     model: TransformerConfig,
     mesh: Mesh | AbstractMesh | None,
     noise_seed: int | None,
+    router_scale: Array | None = None,
 ) -> tuple[Array, LossSums]:
-    """(loss_sum, LossSums) of one microbatch. Noise is keyed by the global row, so no mesh or microbatch changes it."""
+    """(loss_sum with the router's losses, LossSums) of one microbatch.
+
+    Args:
+      noise_seed: noise is keyed by it and the global row, so no mesh or microbatch changes it; None: no noise.
+      router_scale: multiplies the router's losses; None: they are left out.
+    """
     dtype = jnp.dtype(config.model.compute_dtype)
     every = {**params, **frozen}
     noise, adapters = None, AdapterUse(config.lora.scale)
@@ -105,12 +121,13 @@ def sum_batch_loss(
         noise = EmbeddingNoise(keys, config.model.neftune_alpha) if config.model.neftune_alpha else None
         if config.lora.dropout:
             adapters = AdapterUse(config.lora.scale, AdapterDropout(keys, config.lora.dropout))
-    hidden = forward(
+    hidden, router = forward_and_route(
         every,
         model,
         batch.inputs,
         batch.positions,
         batch.segment_ids,
+        router_weights=None if router_scale is None else router_weights(batch, config),
         compute_dtype=dtype,
         remat=config.model.remat,
         attention=config.model.attention,
@@ -120,7 +137,39 @@ def sum_batch_loss(
     )
     head = output_head(every).astype(dtype)
     sums = sum_cross_entropy(hidden, head, batch.targets, batch.loss_weights, config.loss, mesh, model.logit_shape)
-    return sums.loss_sum, sums
+    sums = dataclasses.replace(sums, router=router)
+    if router is None or router_scale is None:
+        return sums.loss_sum, sums
+    balance, z_loss = jnp.mean(router.balance), jnp.mean(router.z_loss)  # over layers
+    router_loss = config.loss.router_balance_weight * balance + config.loss.router_z_loss_weight * z_loss
+    return sums.loss_sum + router_scale * router_loss, sums
+
+
+def _check_router_losses(config: LossConfig, model: TransformerConfig) -> None:
+    for name in ("router_balance_weight", "router_z_loss_weight"):
+        if getattr(config, name) and find_moe(model) is None:
+            raise ConfigError(
+                f"config.loss.{name}: is {getattr(config, name)}, and the model ({model.family}) has no experts. Set "
+                "it to 0."
+            )
+
+
+def router_weights(batch: Batch, config: Config) -> Array:
+    """How much each token counts in the router's losses, [B, L]."""
+    counted = batch.loss_weights if config.loss.router_tokens == "supervised" else batch.segment_ids != 0
+    return counted.astype(jnp.promote_types(config.model.compute_dtype, jnp.float32))
+
+
+def router_metrics(sums: RouterSums, weight: Array) -> Metrics:
+    """Means over tokens and layers of the two losses, unweighted; and the load of experts, as multiples of an even one:
+    the largest of any layer, and the share of experts that no token chose."""
+    even = jnp.sum(sums.chosen, axis=-1, keepdims=True) / sums.chosen.shape[-1]
+    return {
+        "router/balance": jnp.mean(sums.balance) / weight,
+        "router/z_loss": jnp.mean(sums.z_loss) / weight,
+        "router/largest_load": jnp.max(sums.chosen / even),
+        "router/idle_fraction": jnp.mean(sums.chosen == 0),
+    }
 
 
 def source_sums(sums: LossSums, batch: Batch, num_sources: int) -> Metrics:
@@ -172,4 +221,5 @@ def _accumulate_grads(
         weight_sum=jnp.sum(stacked.weight_sum),
         nll=join(stacked.nll),
         correct=join(stacked.correct),
+        router=jax.tree.map(partial(jnp.sum, axis=0), stacked.router),
     )

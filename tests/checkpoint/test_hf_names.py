@@ -11,6 +11,7 @@ from sft_jax.checkpoint.model_files import ModelFile
 from sft_jax.checkpoint.safetensors_io import TensorInfo
 from sft_jax.datatypes import StorageError
 from sft_jax.model.families import with_num_layers
+from sft_jax.model.presets import PRESETS
 from sft_jax.model.transformer import abstract_params
 
 
@@ -101,3 +102,51 @@ def test_known_buffers_are_no_weights() -> None:
     old = {f"model.layers.{i}.self_attn.rotary_emb.inv_freq": buffer for i in range(3)}
     tensors = llama_tensors(TINY) | old | {"model.rotary_emb.inv_freq": buffer}
     assert match_tensors(TINY, index_of(tensors), "here") == match_tensors(TINY, index_of(llama_tensors(TINY)), "here")
+
+
+def index_for(config) -> dict[str, TensorInfo]:
+    """That of a folder of any size, which need not exist."""
+    bfloat16 = np.dtype("bfloat16")
+    shapes = {name: parts[0].hf_shape(config) for name, parts, _ in hf_tensors(config)}
+    return {n: TensorInfo(n, bfloat16, shape, ModelFile("x.safetensors"), 0, 0) for n, shape in shapes.items()}
+
+
+@pytest.mark.parametrize("preset", ["mixtral-8x7b", "qwen3-30b-a3b", "gpt-oss-20b", "deepseek-v3"])
+def test_every_tensor_of_a_mixture_has_exactly_one_place(preset) -> None:
+    config = with_num_layers(PRESETS[preset], 5)
+    index = index_for(config)
+    matched = match_tensors(config, index, "here")
+    rules = {rule.path: rule for rule in tensor_rules(config)}
+    places = [(name, rule.path, place) for name, parts, place in hf_tensors(config) for rule in parts]
+    assert len(set(places)) == len(places) == sum(map(len, matched.values()))
+    for name, path, place in places:
+        number = np.ravel_multi_index(place, rules[path].stack) if place else 0
+        assert matched[path][number].name == name
+    assert {path: rule.shape(config) for path, rule in rules.items()} == {
+        path: leaf.shape for path, leaf in abstract_params(config, "bfloat16").items()
+    }
+
+
+def test_experts_that_take_turns_in_one_tensor() -> None:
+    config = with_num_layers(PRESETS["gpt-oss-20b"], 2)
+    gate, up = (
+        rule for rule in tensor_rules(config) if rule.hf_name.endswith("gate_up_proj_bias") and "0.0" in rule.path
+    )
+    tensor = np.arange(math.prod(gate.hf_shape(config))).reshape(gate.hf_shape(config))
+    for rule, first in ((gate, 0), (up, 1)):
+        ours = rule.from_hf(tensor, config)
+        assert np.shares_memory(ours, tensor)
+        np.testing.assert_array_equal(ours, tensor[:, first::2])
+
+
+def test_the_layer_that_predicts_one_token_more_is_left_out() -> None:
+    config = with_num_layers(PRESETS["deepseek-v3"], 4)
+    index = index_for(config)
+    extra = {f"model.layers.4.{name}": index["lm_head.weight"] for name in ("eh_proj.weight", "mlp.gate.weight")}
+    assert match_tensors(config, index | extra, "here") == match_tensors(config, index, "here")
+    for other in (
+        {"model.layers.4.mlp.gate.weight": index["lm_head.weight"]},
+        {"model.layers.5.eh_proj.weight": index["lm_head.weight"]},
+    ):
+        with pytest.raises(StorageError, match="would not use"):
+            match_tensors(config, index | other, "here")

@@ -66,6 +66,48 @@ def test_what_would_be_ignored_is_refused_by_name(changes, named):
     assert named in str(caught.value)
 
 
+def mixture_fields(preset, **changes):
+    return to_hf_config(PRESETS[preset], "bfloat16") | changes
+
+
+@pytest.mark.parametrize(
+    ("preset", "changes", "named"),
+    [
+        ("mixtral-8x7b", {"router_jitter_noise": 0.1}, "router_jitter_noise is 0.1"),
+        ("mixtral-8x7b", {"num_experts": 4}, "num_local_experts and num_experts are 8 and 4"),
+        ("mixtral-8x7b", {"num_experts_per_tok": 9}, "8 to choose from"),
+        ("qwen3-30b-a3b", {"decoder_sparse_step": 0}, "decoder_sparse_step is 0"),
+        ("gpt-oss-20b", {"swiglu_alpha": 1.0}, "swiglu_alpha is 1.0"),
+        ("gpt-oss-20b", {"quantization_config": {"quant_method": "bitsandbytes"}}, "quantization_config is"),
+        ("deepseek-v3", {"scoring_func": "softmax"}, "scoring_func is 'softmax'"),
+        ("deepseek-v3", {"quantization_config": {"quant_method": "fp8", "weight_block_size": [64, 64]}}, "[64, 64]"),
+        ("deepseek-v3", {"head_dim": 100}, "head_dim is 100; latent attention with these ranks has 64"),
+        ("deepseek-v3", {"num_key_value_heads": 8}, "8 key heads for 128 query heads"),
+    ],
+)
+def test_what_a_mixture_would_ignore_is_refused_by_name(preset, changes, named):
+    with pytest.raises(ConfigError, match=r"^my/config.json: ") as caught:
+        read_hf_config(mixture_fields(preset, **changes), "my/config.json")
+    assert named in str(caught.value)
+
+
+def test_published_folders_of_codes_are_read():
+    fp8 = {"activation_scheme": "dynamic", "fmt": "e4m3", "quant_method": "fp8", "weight_block_size": [128, 128]}
+    mxfp4 = {"modules_to_not_convert": ["lm_head"], "quant_method": "mxfp4"}
+    published = {"num_nextn_predict_layers": 1, "topk_method": "noaux_tc", "scoring_func": "sigmoid", "ep_size": 1}
+    for preset, changes in (
+        ("deepseek-v3", {"quantization_config": fp8, "moe_layer_freq": 1, **published}),
+        ("gpt-oss-120b", {"quantization_config": mxfp4, "experts_per_token": 4, "initial_context_length": 4096}),
+    ):
+        assert read_hf_config(mixture_fields(preset, **changes), "config.json") == PRESETS[preset]
+
+
+def test_dense_layers_stand_where_the_config_has_them():
+    steps = read_hf_config(mixture_fields("qwen3-30b-a3b", decoder_sparse_step=3, mlp_only_layers=[5]), "config.json")
+    assert [number for number, layer in enumerate(list_layers(steps)) if layer.moe] == [2, *range(8, 48, 3)]
+    assert [bool(layer.moe) for layer in list_layers(PRESETS["deepseek-v3"])] == [False] * 3 + [True] * 58
+
+
 def test_scaling_is_read():
     (layer, *_) = list_layers(read_hf_config(hf_fields(), "config.json"))
     assert layer.rope.scaling == Llama3Scaling(

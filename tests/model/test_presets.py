@@ -1,7 +1,7 @@
 import pytest
 
 from sft_jax.datatypes import ConfigError
-from sft_jax.model.families import num_params
+from sft_jax.model.families import num_active_params, num_params
 from sft_jax.model.hf_config import read_hf_config
 from sft_jax.model.presets import PRESETS, TABLE, preset_config
 
@@ -21,7 +21,9 @@ NUM_PARAMS = {
     "gemma3-4b": 3_880_263_168, "gemma3-12b": 11_766_034_176, "gemma3-27b": 27_009_346_304,
     "phi3-mini-4k": 3_821_079_552, "phi3-medium-4k": 13_960_238_080, "phi4": 14_659_507_200,
     "olmo2-1b": 1_484_916_736, "olmo2-7b": 7_298_617_344, "olmo2-13b": 13_716_198_400, "olmo2-32b": 32_234_279_936,
-    "granite3.1-2b": 2_533_531_648, "granite3.1-8b": 8_170_848_256,
+    "granite3.1-2b": 2_533_531_648, "granite3.1-8b": 8_170_848_256, "mixtral-8x7b": 46_702_792_704,
+    "qwen3-30b-a3b": 30_532_122_624, "gpt-oss-20b": 20_914_757_184, "gpt-oss-120b": 116_829_156_672,
+    "deepseek-v3": 671_026_419_200,
 }  # fmt: skip
 
 
@@ -107,9 +109,27 @@ def test_overrides_change_a_preset():
 @pytest.mark.parametrize(
     ("preset", "overrides", "named"),
     [("llama9", {}, "llama3.1-8b"), ("w1", {"layers": 2}, "'layers'"), ("w1", {"num_layers": 2.0}, "num_layers is 2.0"),
-     ("w1", {"num_layers": -1}, "num_layers is -1"), ("w1", {"layers": ()}, "'layers'")],
+     ("w1", {"num_layers": -1}, "num_layers is -1"), ("deepseek-v3", {"attention_sinks": True}, "latent attention has"),
+     ("deepseek-v3", {"latent": None}, "'latent'"), ("w1", {"layers": ()}, "'layers'")],
 )  # fmt: skip
 def test_wrong_overrides_are_refused(preset, overrides, named):
     with pytest.raises(ConfigError, match="model") as caught:
         preset_config(preset, overrides)
     assert named in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("preset", "billions"),
+    # Model cards and papers: arXiv:2401.04088, Qwen/Qwen3-30B-A3B, arXiv:2508.10925 (table 1), arXiv:2412.19437.
+    [
+        ("mixtral-8x7b", 12.9),
+        ("qwen3-30b-a3b", 3.3),
+        ("gpt-oss-20b", 3.61),
+        ("gpt-oss-120b", 5.13),
+        ("deepseek-v3", 37),
+    ],
+)
+def test_a_token_meets_the_published_number_of_parameters(preset, billions):
+    config = PRESETS[preset]
+    read = config.vocab_size * config.embed_dim if preset.startswith("gpt-oss") else 0  # counted without the embedding
+    assert num_active_params(config) - read == pytest.approx(billions * 1e9, rel=0.02)

@@ -13,8 +13,11 @@ from sft_jax.datatypes import ConfigError
 from sft_jax.model import transformer
 from sft_jax.model.attention import Rows, Scores, attend
 from sft_jax.model.families import LayerConfig, TransformerConfig, group_layers, num_params, same_layers
+from sft_jax.model.latent_config import LatentConfig
+from sft_jax.model.moe_config import MoeConfig
 from sft_jax.model.presets import PRESETS
 from sft_jax.model.rope import LinearScaling, Llama3Scaling, RopeConfig, rope_for, rotate
+from sft_jax.model.router import TokenWeights, dtype_among
 from sft_jax.model.transformer import (
     EmbeddingNoise,
     abstract_params,
@@ -38,7 +41,16 @@ WHOLE = LayerConfig(rope=RopeConfig(theta=100.0, scaling=LinearScaling(factor=2.
 RICH = dataclasses.replace(
     CONFIG, layers=group_layers([LOCAL, WHOLE, LOCAL, WHOLE, LOCAL]), norms="sandwich", norm_adds_one=True,
     qk_norm="head", qkv_bias=True, out_bias=True, mlp_bias=True, activation="gelu_tanh", attention_scale=0.7,
-    attention_softcap=2.0, embedding_multiplier=4.0, residual_multiplier=0.5,
+    attention_softcap=2.0, attention_sinks=True, embedding_multiplier=4.0, residual_multiplier=0.5,
+)  # fmt: skip
+EXPERTS = MoeConfig(
+    num_experts=4, experts_per_token=2, expert_dim=4, scores="sigmoid", correction_bias=True, num_groups=2,
+    groups_per_token=1, shared_dim=6,
+)  # fmt: skip
+LATENT = dataclasses.replace(
+    CONFIG, num_kv_heads=4, head_dim=6,
+    latent=LatentConfig(query_rank=6, kv_rank=8, plain_dim=2, rope_dim=4, value_dim=3),
+    layers=group_layers([LayerConfig(rope=ROPE)] + 2 * [LayerConfig(rope=ROPE, moe=EXPERTS)]),
 )  # fmt: skip
 PLAIN = {"compute_dtype": jnp.float64, "remat": "none", "attention": "reference"}
 
@@ -55,16 +67,16 @@ def params():
         return jax.jit(partial(init_params, CONFIG, dtype=jnp.float64))(jax.random.key(0))
 
 
-@pytest.fixture(scope="module", params=[CONFIG, RICH], ids=["plain", "rich"])
+@pytest.fixture(scope="module", params=[CONFIG, RICH, LATENT], ids=["plain", "rich", "latent"])
 def model(request, params):
     """A config and its parameters, random and none of them zero."""
     if request.param is CONFIG:
         return CONFIG, params
     with jax.enable_x64(True):
-        made = jax.jit(partial(init_params, RICH, dtype=jnp.float64))(jax.random.key(0))
+        made = jax.jit(partial(init_params, request.param, dtype=jnp.float64))(jax.random.key(0))
         keys = jax.random.split(jax.random.key(1), len(made))
         noise = {path: jax.random.normal(key, made[path].shape) for path, key in zip(sorted(made), keys, strict=True)}
-        return RICH, {path: values + 0.1 * noise[path] for path, values in made.items()}
+        return request.param, {path: values + 0.1 * noise[path] for path, values in made.items()}
 
 
 @partial(jax.jit, static_argnames=("config", "compute_dtype", "remat", "attention", "mesh"))
@@ -157,10 +169,10 @@ def test_scan_equals_a_loop_over_layers(params):
 
     @jax.jit
     def run_layer(layer, x):
-        def attend_rows(q, k, v):
+        def attend_rows(q, k, v, sinks=None):
             return attend("reference", rotate(q, rope), rotate(k, rope), v, rows, Scores(0.5)), None
 
-        return layer(x, attend_rows, None)[0]
+        return layer(x, attend_rows, TokenWeights(segment_ids, None), None)[0]
 
     x = model.embed(inputs, jnp.float64, None)
     for i in range(CONFIG.num_layers):
@@ -252,13 +264,13 @@ def test_noise_belongs_to_the_row_and_not_to_the_batch(params):
 _OF_EACH_FAMILY = {config.family: config for config in PRESETS.values()}.values()
 
 
-@pytest.mark.parametrize("config", [CONFIG, UNTIED, RICH, *_OF_EACH_FAMILY])
+@pytest.mark.parametrize("config", [CONFIG, UNTIED, RICH, LATENT, *_OF_EACH_FAMILY])
 def test_every_parameter_is_counted_and_has_one_rule(config):
     shapes = abstract_params(config, jnp.bfloat16)
     assert sum(leaf.size for leaf in shapes.values()) == num_params(config)
     for path, leaf in shapes.items():
         assert len(logical_dims(path)) == leaf.ndim
-        assert leaf.dtype == jnp.bfloat16
+        assert leaf.dtype == dtype_among(path, jnp.bfloat16)
     assert ("head.kernel" in shapes) == (not config.tie_embeddings)
 
 

@@ -68,6 +68,25 @@ FAMILIES = {
         head_dim=4, tie_word_embeddings=True, mlp_bias=True, embedding_multiplier=3.5, attention_multiplier=0.4,
         residual_multiplier=0.22, logits_scaling=0.8,
     ),
+    "mixtral": dict(head_dim=4, num_local_experts=4, num_experts_per_tok=2, sliding_window=5),
+    "qwen3_moe": dict(
+        head_dim=4, num_experts=5, num_experts_per_tok=2, moe_intermediate_size=6, mlp_only_layers=[0],
+        norm_topk_prob=True,
+    ),
+    "gpt_oss": dict(
+        head_dim=4, num_local_experts=4, num_experts_per_tok=2, sliding_window=3, swiglu_limit=1.0,
+        layer_types=["sliding_attention", "full_attention"],
+        rope_scaling={"rope_type": "yarn", "factor": 8.0, "truncate": False, "original_max_position_embeddings": 8},
+    ),
+    "deepseek_v3": dict(
+        num_key_value_heads=4, q_lora_rank=9, kv_lora_rank=7, qk_nope_head_dim=3, qk_rope_head_dim=4, v_head_dim=2,
+        n_routed_experts=8, n_group=4, topk_group=2, num_experts_per_tok=3, moe_intermediate_size=4, n_shared_experts=2,
+        first_k_dense_replace=1,
+        rope_scaling={
+            "rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 8, "mscale": 1.0,
+            "mscale_all_dim": 1.0,
+        },
+    ),
 }  # fmt: skip
 
 

@@ -1,5 +1,6 @@
 """A folder and a packed batch through our own import and our own step: the loss, and the gradients that it applies."""
 
+from collections.abc import Mapping
 from pathlib import Path
 
 import jax
@@ -10,6 +11,7 @@ from sft_jax.checkpoint.hf import load_pretrained, read_config
 from sft_jax.checkpoint.hf_names import hf_tensors, tensor_rules
 from sft_jax.config_schema import BatchConfig, Config, LossConfig, MeshConfig, ModelConfig, OptimizerConfig
 from sft_jax.datatypes import HostBatch
+from sft_jax.model.families import TransformerConfig
 from sft_jax.model.transformer import logical_dims
 from sft_jax.sharding import build_mesh, place_batch, shardings_for
 from sft_jax.training.optimizer import build_optimizer
@@ -44,11 +46,17 @@ def step_loss_and_grads(
         path: (np.asarray(params[path], np.float64) - np.asarray(state.params[path])) / _LEARNING_RATE
         for path in params
     }
-    named = {
-        name: np.concatenate([r.to_hf(grads[r.path][place] if r.is_stacked else grads[r.path]) for r in rules])
-        for name, rules, place in hf_tensors(model)
-    }
-    return float(metrics["loss"]), named
+    return float(metrics["loss"]), named_tensors(grads, model)
+
+
+def named_tensors(params: Mapping[str, np.ndarray], config: TransformerConfig) -> dict[str, np.ndarray]:
+    """By the names of a folder, as an export has them."""
+    tensors = {}
+    for name, rules, place in hf_tensors(config):
+        tensors[name] = np.empty(rules[0].hf_shape(config), params[rules[0].path].dtype)
+        for rule in rules:
+            rule.from_hf(tensors[name], config)[...] = params[rule.path][place]
+    return tensors
 
 
 def relative_difference(ours: dict[str, np.ndarray], theirs: dict[str, np.ndarray]) -> float:

@@ -150,6 +150,74 @@ def _phi3(rng: np.random.Generator, fields: dict[str, Any]) -> None:
         fields["rope_scaling"] = {"type": "longrope"} | _draw_factors(rng, num_pairs)
 
 
+def _draw_experts(rng: np.random.Generator) -> tuple[int, int]:
+    """How many there are, and how many a token has."""
+    return _pick(rng, [(4, 2), (8, 2), (6, 3), (5, 1), (3, 3)])
+
+
+def _mixtral(rng: np.random.Generator, fields: dict[str, Any]) -> None:
+    _mistral(rng, fields)
+    fields["num_local_experts"], fields["num_experts_per_tok"] = _draw_experts(rng)
+
+
+def _qwen3_moe(rng: np.random.Generator, fields: dict[str, Any]) -> None:
+    fields |= {"attention_bias": bool(rng.integers(2)), "norm_topk_prob": bool(rng.integers(2))}
+    fields |= {"use_sliding_window": bool(rng.integers(2)), "sliding_window": _draw_window(rng)}
+    fields["num_experts"], fields["num_experts_per_tok"] = _draw_experts(rng)
+    fields["moe_intermediate_size"] = int(rng.integers(6, 20))
+    fields["num_hidden_layers"] = int(rng.integers(2, 5))
+    fields |= _pick(rng, [{}, {"decoder_sparse_step": 2}, {"mlp_only_layers": [0]}, {"mlp_only_layers": [1]}])
+
+
+def _gpt_oss(rng: np.random.Generator, fields: dict[str, Any]) -> None:
+    kinds = ["sliding_attention", "full_attention"]
+    fields |= {
+        "attention_bias": bool(rng.integers(2)),
+        "swiglu_limit": _pick(rng, [0.7, 2.0, 7.0]),
+        "sliding_window": _draw_window(rng),
+        "layer_types": [kinds[layer % 2] for layer in range(fields["num_hidden_layers"])],
+    }
+    fields["num_local_experts"], fields["num_experts_per_tok"] = _draw_experts(rng)
+    if rng.integers(2):
+        fields["layer_types"] = [_pick(rng, kinds) for _ in fields["layer_types"]]
+    if fields["rope_scaling"] is None and rng.integers(2):  # as its own folders have it
+        yarn = {"rope_type": "yarn", "factor": 32.0, "beta_fast": 32.0, "beta_slow": 1.0, "truncate": False}
+        fields["rope_scaling"] = yarn | {"original_max_position_embeddings": ORIGINAL_LENGTH}
+    elif fields["rope_scaling"] is None:
+        fields["rope_scaling"] = {"rope_type": "default"}
+
+
+def _deepseek_v3(rng: np.random.Generator, fields: dict[str, Any]) -> None:
+    fields.pop("head_dim")
+    num_groups, per_group = _pick(rng, [(1, 6), (2, 3), (4, 2)])
+    groups_per_token = int(rng.integers(1, num_groups + 1))
+    fields |= {
+        "num_key_value_heads": fields["num_attention_heads"],
+        "num_hidden_layers": int(rng.integers(2, 5)),
+        "attention_bias": bool(rng.integers(2)),
+        "q_lora_rank": _pick(rng, [None, 11]),
+        "kv_lora_rank": _pick(rng, [8, 13]),
+        "qk_nope_head_dim": _pick(rng, [4, 7]),
+        "qk_rope_head_dim": _pick(rng, [4, 8]),
+        "v_head_dim": _pick(rng, [5, 8]),
+        "rope_interleave": bool(rng.integers(2)),
+        "n_routed_experts": num_groups * per_group,
+        "n_group": num_groups,
+        "topk_group": groups_per_token,
+        "num_experts_per_tok": int(rng.integers(1, min(4, groups_per_token * per_group) + 1)),
+        "norm_topk_prob": bool(rng.integers(2)),
+        "routed_scaling_factor": _pick(rng, [1.0, 2.5]),
+        "moe_intermediate_size": int(rng.integers(6, 20)),
+        "n_shared_experts": _pick(rng, [1, 2]),
+        "first_k_dense_replace": int(rng.integers(0, 3)),
+    }
+    scaling = fields["rope_scaling"]
+    if scaling and scaling["rope_type"] == "longrope":
+        scaling |= _draw_factors(rng, fields["qk_rope_head_dim"] // 2)
+    if scaling and scaling["rope_type"] == "yarn" and rng.integers(2):
+        scaling |= {"mscale": 1.0, "mscale_all_dim": 1.0}
+
+
 _FAMILIES = {
     "llama": _llama,
     "mistral": _mistral,
@@ -161,5 +229,9 @@ _FAMILIES = {
     "olmo2": _olmo2,
     "granite": _granite,
     "phi3": _phi3,
+    "mixtral": _mixtral,
+    "qwen3_moe": _qwen3_moe,
+    "gpt_oss": _gpt_oss,
+    "deepseek_v3": _deepseek_v3,
 }
 DRAWN_FAMILIES = tuple(_FAMILIES)

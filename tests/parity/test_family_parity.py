@@ -14,7 +14,6 @@ import numpy as np
 import pytest
 
 from sft_jax.checkpoint.hf import load_pretrained, read_config
-from sft_jax.checkpoint.hf_names import hf_tensors
 from sft_jax.config_schema import LossConfig, MeshConfig
 from sft_jax.model.hf_config import read_hf_config, to_hf_config
 from sft_jax.model.transformer import forward, output_head
@@ -22,9 +21,10 @@ from sft_jax.training.loss import sum_cross_entropy
 
 torch = pytest.importorskip("torch", reason="torch is not installed here; make test-parity installs it")
 
-from packed_step import relative_difference, step_loss_and_grads  # noqa: E402
+from packed_step import named_tensors, relative_difference, step_loss_and_grads  # noqa: E402
 from random_configs import DRAWN_FAMILIES, draw_config  # noqa: E402
 from torch_reference import (  # noqa: E402
+    as_stored,
     loss_and_grads,
     loss_of,
     random_model,
@@ -104,18 +104,12 @@ def logits_and_loss(params: Any, config: Any, batch: dict[str, np.ndarray]) -> t
 def assert_the_trip_changes_nothing(fields: dict[str, Any], model: Any, config: Any, params: Any) -> None:
     assert read_hf_config(fields, "config.json") == config  # both spellings say the same
     assert read_hf_config(to_hf_config(config, "float32"), "config.json") == config
-    expected = {
-        name: values
-        for name, values in model.state_dict().items()
-        if name != "lm_head.weight" or "head.kernel" in params
-    }
-    ours = {}
-    for name, rules, place in hf_tensors(config):
-        leaves = [np.asarray(params[rule.path]) for rule in rules]
-        parts = [r.to_hf(leaf[place] if r.is_stacked else leaf) for r, leaf in zip(rules, leaves, strict=True)]
-        ours[name] = np.concatenate(parts)
+    expected = as_stored(model, model.state_dict())
+    if "head.kernel" not in params:
+        del expected["lm_head.weight"]
+    ours = named_tensors({path: np.asarray(values) for path, values in params.items()}, config)
     assert ours.keys() == expected.keys()
-    assert all(np.array_equal(ours[name], values.numpy()) for name, values in expected.items())
+    assert all(np.array_equal(ours[name], values) for name, values in expected.items())
 
 
 @pytest.mark.parametrize(("family", "seed"), [(family, NUM_DRAWN) for family in DRAWN_FAMILIES])

@@ -1,6 +1,7 @@
 """Live, beside peft: what we export it loads, what it saves we go on from, and the logits are the same both ways; and a
 quantized base is the model of its decoded weights."""
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +23,7 @@ torch = pytest.importorskip("torch", reason="torch is not installed here; make t
 transformers = pytest.importorskip("transformers")
 peft = pytest.importorskip("peft")
 
-from torch_reference import random_llama  # noqa: E402
+from torch_reference import plain_kernels, random_llama  # noqa: E402
 
 pytestmark = [
     pytest.mark.parity,
@@ -48,6 +49,8 @@ VARIANTS: dict[str, tuple[dict[str, Any] | str, dict[str, Any]]] = {
     "saved": (UNTIED, dict(modules_to_save=("embed_tokens", "lm_head", "input_layernorm"))),
     "saved_tied": (TIED, dict(modules_to_save=("embed_tokens", "model.norm"))),
     "layers_in_groups": ("gemma3_text", dict(targets=("q_proj", "up_proj"))),
+    "beside_experts": ("mixtral", dict(targets=("q_proj", "o_proj"))),
+    "latent": ("deepseek_v3", dict(targets=("q_a_proj", "q_b_proj", "kv_a_proj_with_mqa", "kv_b_proj", "o_proj"))),
     "fused": ("phi3", dict(targets=FUSED)),
     "fused_dora_rslora": ("phi3", dict(targets=FUSED, use_dora=True, use_rslora=True)),
 }
@@ -98,7 +101,8 @@ def read_tensors(folder: Path) -> dict[str, np.ndarray]:
 
 
 def load_base(folder: Path) -> Any:
-    return transformers.AutoModelForCausalLM.from_pretrained(folder, attn_implementation="eager").eval()
+    kernels = plain_kernels(json.loads((folder / "config.json").read_text()))
+    return transformers.AutoModelForCausalLM.from_pretrained(folder, **kernels).eval()
 
 
 def test_peft_loads_what_we_export(variant, tmp_path: Path) -> None:

@@ -6,6 +6,7 @@ from typing import Any
 import numpy as np
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
+from transformers.core_model_loading import revert_weight_conversion
 
 SEGMENT_LENGTHS = ((9, 7, 5), (24,), (3, 2, 12), (11, 10))
 SegmentLengths = tuple[tuple[int, ...], ...]
@@ -38,22 +39,33 @@ def random_model(seed: int, fields: dict[str, Any]) -> Any:
     """A model of any family, every part of which matters, with logits of about unit scale."""
     config = AutoConfig.for_model(**fields)
     torch.manual_seed(seed)
-    model = AutoModelForCausalLM.from_config(config, attn_implementation="eager").float().eval()
+    model = AutoModelForCausalLM.from_config(config, **plain_kernels(fields)).float().eval()
     lowest_scale = -0.5 if fields["model_type"].startswith("gemma") else 0.5  # their norms add 1
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             if "norm" in name:
                 parameter.uniform_(lowest_scale, lowest_scale + 1)
-            elif parameter.ndim == 1:
+            elif parameter.ndim == 1 or name.endswith("proj_bias"):
                 parameter.normal_(0, 0.5)
             else:
-                parameter.normal_(0, parameter.shape[-1] ** -0.5)
+                of_inputs = -2 if fields["model_type"] == "gpt_oss" and "experts" in name else -1
+                parameter.normal_(0, parameter.shape[of_inputs] ** -0.5)
+        for name, buffer in model.named_buffers():
+            if name.endswith("e_score_correction_bias"):
+                buffer.uniform_(-0.3, 0.3)
     return model
+
+
+def plain_kernels(fields: dict[str, Any]) -> dict[str, str]:
+    names = {"attn_implementation": "eager"}
+    if "num_experts_per_tok" in fields:
+        names["experts_implementation"] = "eager"  # the others want sizes in multiples of 16 bytes
+    return names
 
 
 def rebuilt(model: Any, fields: dict[str, Any]) -> Any:
     """The same weights in a model of another config.json."""
-    again = type(model)._from_config(AutoConfig.for_model(**fields), attn_implementation="eager").float().eval()
+    again = type(model)._from_config(AutoConfig.for_model(**fields), **plain_kernels(fields)).float().eval()
     again.load_state_dict(model.state_dict())
     return again
 
@@ -116,4 +128,11 @@ def loss_and_grads(model: Any, batch: dict[str, np.ndarray]) -> tuple[float, dic
         part = _loss_part(segment_logits(model, batch, here), batch, here)
         part.backward()  # gradients of the parts add up
         loss += part.item()
-    return loss, {name: parameter.grad.numpy().copy() for name, parameter in model.named_parameters()}
+    grads = {name: parameter.grad for name, parameter in model.named_parameters()}
+    grads |= {name: torch.zeros_like(buffer) for name, buffer in model.named_buffers() if name in model.state_dict()}
+    return loss, as_stored(model, grads)
+
+
+def as_stored(model: Any, tensors: dict[str, torch.Tensor]) -> dict[str, np.ndarray]:
+    """By the names of a folder, which holds experts one by one where the module stacks them."""
+    return {name: values.detach().numpy().copy() for name, values in revert_weight_conversion(model, tensors).items()}
