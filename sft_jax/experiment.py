@@ -279,6 +279,13 @@ def choose_modules(
     both = sorted(set(targets) & set(saved))
     if both:
         raise ConfigError(f"config.lora: {both[0]} is in targets and in modules_to_save. Take it out of one.")
+    of_experts = next((path for path in targets if len(kernels[path].stack) > 1), None)
+    if of_experts and (lora.use_dora or lora.dropout):
+        option = "use_dora" if lora.use_dora else "dropout"
+        raise ConfigError(
+            f"config.lora.{option}: {of_experts} is of experts, whose adapters have no such thing. Leave it out, or "
+            "take the experts out of config.lora.targets."
+        )
     untrained = sorted({"embed", "head"} & names.keys() - set(saved))
     if config.data.new_tokens and untrained:
         raise ConfigError(

@@ -21,45 +21,35 @@ from jax.sharding import AbstractMesh, Mesh
 from jax.sharding import PartitionSpec as P
 from jax.typing import DTypeLike
 
+from sft_jax.model.linear import Linear
 from sft_jax.model.moe_config import MoeConfig
 from sft_jax.sharding import RULES, spec_for
 from sft_jax.typing import Array, Bool, Float, Int, Key
 
-Parts = dict[str, dict[str, Array]]  # by map (gate, up, down) and parameter (kernel, bias)
+Parts = dict[str, dict[str, Array]]  # by map (gate, up, down) and parameter (kernel, ...)
+_ADDED = ("bias", "lora_a", "lora_b")
 # gpt-oss's sigmoid is steeper. Source: https://github.com/openai/gpt-oss, gpt_oss/torch/model.py, swiglu
 _ALPHA = 1.702
 
 
-class ExpertLinear(nnx.Module):
+class ExpertLinear(Linear):
     """A linear map for each expert: kernel [E, in, out], and a bias [E, out] if asked."""
 
-    def __init__(
-        self,
-        num_experts: int,
-        in_dim: int,
-        out_dim: int,
-        stddev: float,
-        key: Key[Array, ""],
-        dtype: DTypeLike,
-        use_bias: bool = False,
-    ):
-        self.kernel = nnx.Param(stddev * jax.random.normal(key, (num_experts, in_dim, out_dim), dtype))
-        if use_bias:
-            self.bias = nnx.Param(jnp.zeros((num_experts, out_dim), dtype))
-
-    def parts(self) -> dict[str, Array]:
-        return {name: getattr(self, name)[...] for name in ("kernel", "bias") if hasattr(self, name)}
+    def parts(self, dtype: DTypeLike) -> dict[str, Array]:
+        """What multiplies tokens, in `dtype`; a quantized kernel is decoded."""
+        held = {name: getattr(self, name)[...].astype(dtype) for name in _ADDED if hasattr(self, name)}
+        return held | {"kernel": self.read_kernel(dtype)}
 
 
 class Experts(nnx.Module):
     """The gated MLPs of all experts, stacked."""
 
     def __init__(self, moe: MoeConfig, embed_dim: int, stddev: float, key: Key[Array, ""], dtype: DTypeLike):
-        keys, dims = jax.random.split(key, 3), (embed_dim, moe.expert_dim)
-        make = partial(ExpertLinear, moe.num_experts, stddev=stddev, dtype=dtype, use_bias=moe.expert_bias)
+        keys, outer, inner = jax.random.split(key, 3), (embed_dim,), (moe.expert_dim,)
+        make = partial(ExpertLinear, stddev=stddev, dtype=dtype, use_bias=moe.expert_bias, stack=(moe.num_experts,))
         self.moe = moe
-        self.gate, self.up = make(*dims, key=keys[0]), make(*dims, key=keys[1])
-        self.down = make(*reversed(dims), key=keys[2])
+        self.gate, self.up = make(outer, inner, key=keys[0]), make(outer, inner, key=keys[1])
+        self.down = make(inner, outer, key=keys[2])
 
     def __call__(
         self,
@@ -70,8 +60,10 @@ class Experts(nnx.Module):
         mesh: Mesh | AbstractMesh | None,
     ) -> Float[Array, "B L D"]:
         """sum_k weights[k] * expert[experts[k]](x), in the dtype of x; 0 for tokens that are not live."""
-        parts = {name: getattr(self, name).parts() for name in _DIMS}
-        run = partial(_run_local, moe=self.moe, axes={} if mesh is None else dict(mesh.shape))
+        maps = {name: getattr(self, name) for name in _DIMS}
+        parts = {name: linear.parts(x.dtype) for name, linear in maps.items()}
+        scales = {name: linear.lora_scale for name, linear in maps.items()}
+        run = partial(_run_local, moe=self.moe, lora_scales=scales, axes={} if mesh is None else dict(mesh.shape))
         if mesh is None:
             return run(x, experts, weights, live, parts)
         tokens = spec_for(("batch", "seq"))
@@ -82,21 +74,34 @@ class Experts(nnx.Module):
         )
 
 
+def _dims_of(into: str, out: str, bias: str | None) -> dict[str, tuple[str | None, ...]]:
+    return {
+        "kernel": ("expert", into, out), "lora_a": ("expert", into, "rank"), "lora_b": ("expert", "rank", out),
+        "bias": ("expert", bias),
+    }  # fmt: skip
+
+
 # The logical dims of each map's parameters; inside, those of `embed` are gathered and the others stay in parts.
 _DIMS: dict[str, dict[str, tuple[str | None, ...]]] = {
-    "gate": {"kernel": ("expert", "embed", "mlp"), "bias": ("expert", "mlp")},
-    "up": {"kernel": ("expert", "embed", "mlp"), "bias": ("expert", "mlp")},
-    "down": {"kernel": ("expert", "mlp", "embed"), "bias": ("expert", None)},
+    "gate": _dims_of("embed", "mlp", "mlp"),
+    "up": _dims_of("embed", "mlp", "mlp"),
+    "down": _dims_of("mlp", "embed", None),
 }
 _JOINED = (*RULES["expert"], *RULES["mlp"])  # each device has a part of the sum
 
 
 def _run_local(
-    x: Any, experts: Any, weights: Any, live: Any, parts: Parts, moe: MoeConfig, axes: dict[str, int]
+    x: Any,
+    experts: Any,
+    weights: Any,
+    live: Any,
+    parts: Parts,
+    moe: MoeConfig,
+    lora_scales: dict[str, float],
+    axes: dict[str, int],
 ) -> Any:
     """The work of one device: its experts, its hidden dims, all tokens of its batch shard."""
     shape, per_token, dtype = x.shape, experts.shape[-1], x.dtype
-    parts = {name: {part: w.astype(dtype) for part, w in held.items()} for name, held in parts.items()}
     if axes:
         parts = {
             name: {part: _whole(w, _DIMS[name][part], axes) for part, w in held.items()} for name, held in parts.items()
@@ -112,14 +117,19 @@ def _run_local(
     sizes = jnp.diff(jnp.searchsorted(sorted_experts, jnp.arange(num_experts + 1))).astype(jnp.int32)
     mine = (sorted_experts < num_experts)[:, None]
 
-    def multiply(rows: Array, held: dict[str, Array]) -> Array:
+    def multiply(rows: Array, name: str) -> Array:
+        held = parts[name]
         out = jax.lax.ragged_dot(rows, held["kernel"], sizes)
+        if "lora_a" in held:
+            out += lora_scales[name] * jax.lax.ragged_dot(
+                jax.lax.ragged_dot(rows, held["lora_a"], sizes), held["lora_b"], sizes
+            )
         return out + held["bias"].at[sorted_experts].get(mode="fill", fill_value=0) if "bias" in held else out
 
     # Selected on both ends: what a kernel leaves behind the last stretch reaches neither the sum nor a gradient.
     rows = jnp.where(mine, _spread(x.reshape(-1, shape[-1]), order, inverse), 0)
-    hidden = _gate(multiply(rows, parts["gate"]), multiply(rows, parts["up"]), moe.clamp)
-    made = jnp.where(mine, multiply(hidden, parts["down"]), 0)
+    hidden = _gate(multiply(rows, "gate"), multiply(rows, "up"), moe.clamp)
+    made = jnp.where(mine, multiply(hidden, "down"), 0)
     made_TkD = _permute(made, inverse, order).reshape(-1, per_token, shape[-1])
     out = jnp.einsum("tkd,tk->td", made_TkD, weights.reshape(-1, per_token), preferred_element_type=weights.dtype)
     out = out.astype(dtype).reshape(shape)

@@ -27,7 +27,8 @@ OPTIONAL = (*STORED, *ADAPTERS, adapter_use.DROPOUT_KEYS)
 
 
 class Linear(nnx.Module):
-    """A linear map from some trailing dims to others: kernel [*in_dims, *out_dims], and a bias [*out_dims] if asked."""
+    """A linear map from some trailing dims to others: kernel [*in_dims, *out_dims], and a bias [*out_dims] if asked.
+    With `stack`, its parameters are those of as many maps, on leading dims, and who made it multiplies."""
 
     lora_a: nnx.Param
     lora_b: nnx.Param
@@ -41,13 +42,14 @@ class Linear(nnx.Module):
         key: Array,
         dtype: DTypeLike,
         use_bias: bool = False,
+        stack: tuple[int, ...] = (),
     ):
         self.in_dims, self.out_dims = in_dims, out_dims
         self.lora_scale = 1.0
         self.lora_dropout = 0.0
-        self.kernel = nnx.Param(stddev * jax.random.normal(key, in_dims + out_dims, dtype))
+        self.kernel = nnx.Param(stddev * jax.random.normal(key, stack + in_dims + out_dims, dtype))
         if use_bias:
-            self.bias = nnx.Param(jnp.zeros(out_dims, dtype))
+            self.bias = nnx.Param(jnp.zeros(stack + out_dims, dtype))
 
     def hold(self, names: Collection[str], lora_scale: float, lora_dropout: float) -> None:
         """Have those of OPTIONAL that `names` says, whose arrays come later, and no others."""
@@ -76,6 +78,10 @@ class Linear(nnx.Module):
             return x_TI @ self._matrix(stored, x_TI.dtype)
 
         return jax.checkpoint(lambda x, stored: x @ self._matrix(stored, x.dtype))(x_TI, stored)
+
+    def read_kernel(self, dtype: DTypeLike) -> Array:
+        """The kernel in `dtype`, with the dims that it was made with."""
+        return read_kernel(self._stored(), len(self.out_dims), dtype)
 
     def _stored(self) -> dict[str, Array]:
         return {name: getattr(self, name)[...] for name in STORED if hasattr(self, name)}
