@@ -65,7 +65,17 @@ def _take_one(fields: Fields, names: Sequence[str], defaults: Mapping[str, Any])
 
 def moe_fields(keys: MoeKeys, layers: Sequence[MoeConfig | None]) -> dict[str, Any]:
     """The keys; `take_moe` gives the layers back."""
-    moe = next(moe for moe in layers if moe is not None)
+    moe = next((moe for moe in layers if moe is not None), None)
+    fields = _size_fields(keys, moe) if moe else {}  # of layers that are all plain, nothing reads the sizes
+    plain = [number for number, layer in enumerate(layers) if layer is None]
+    if keys.placed == "after_first":
+        fields["first_k_dense_replace"] = len(plain)
+    elif keys.placed == "step":
+        fields |= {"decoder_sparse_step": 1, "mlp_only_layers": plain}
+    return fields
+
+
+def _size_fields(keys: MoeKeys, moe: MoeConfig) -> dict[str, Any]:
     fields: dict[str, Any] = {key: getattr(moe, name) for key, (name, _) in keys.options.items()}
     fields[keys.num_experts[0]] = moe.num_experts
     fields[keys.experts_per_token[0]] = moe.experts_per_token
@@ -73,11 +83,6 @@ def moe_fields(keys: MoeKeys, layers: Sequence[MoeConfig | None]) -> dict[str, A
         fields[keys.expert_dim] = moe.expert_dim
     if keys.shared:
         fields[keys.shared] = moe.shared_dim // moe.expert_dim
-    plain = [number for number, layer in enumerate(layers) if layer is None]
-    if keys.placed == "after_first":
-        fields["first_k_dense_replace"] = len(plain)
-    elif keys.placed == "step":
-        fields |= {"decoder_sparse_step": 1, "mlp_only_layers": plain}
     return fields
 
 

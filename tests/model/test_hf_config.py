@@ -108,6 +108,16 @@ def test_dense_layers_stand_where_the_config_has_them():
     assert [bool(layer.moe) for layer in list_layers(PRESETS["deepseek-v3"])] == [False] * 3 + [True] * 58
 
 
+@pytest.mark.parametrize(
+    ("preset", "all_plain"),
+    [("deepseek-v3", {"first_k_dense_replace": 61}), ("qwen3-30b-a3b", {"mlp_only_layers": list(range(48))})],
+)
+def test_layers_may_all_be_plain(preset, all_plain):
+    config = read_hf_config(mixture_fields(preset, **all_plain), "config.json")
+    assert not any(layer.moe for layer in list_layers(config))
+    assert read_hf_config(to_hf_config(config, "float32"), "config.json") == config
+
+
 def test_scaling_is_read():
     (layer, *_) = list_layers(read_hf_config(hf_fields(), "config.json"))
     assert layer.rope.scaling == Llama3Scaling(
