@@ -52,9 +52,14 @@ def make_model_card(run_dir: epath.Path, step: int) -> str:
 
 
 def _read_metrics(path: epath.Path) -> list[dict[str, Any]]:
-    """Whole lines only: the last may be cut where a run was killed."""
-    lines = path.read_text().splitlines() if path.exists() else []
-    return [json.loads(line) for line in lines if line.endswith("}")]
+    """Whole lines only: one may be cut where a run was killed."""
+    records = []
+    for line in path.read_text().splitlines() if path.exists() else []:
+        try:
+            records.append(json.loads(line))
+        except ValueError:
+            continue
+    return records
 
 
 def _last_part(path: str) -> str:

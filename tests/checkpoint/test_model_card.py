@@ -34,7 +34,9 @@ def run_dir(tmp_path) -> epath.Path:
     }
     for name, content in {"config": config, "data_report": report, "provenance": PROVENANCE}.items():
         (tmp_path / f"{name}.json").write_text(json.dumps(content))
-    (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(record) + "\n" for record in RECORDS) + '{"step": 21')
+    lines = [json.dumps(record) for record in RECORDS]
+    lines[2:2] = ['{"step": 10, "eval/held/loss": {"cut"']
+    (tmp_path / "metrics.jsonl").write_text("\n".join(lines) + '\n{"step": 21')
     return epath.Path(tmp_path)
 
 
