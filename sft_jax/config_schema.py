@@ -231,9 +231,10 @@ class LoraConfig:
     """Multiply by alpha / sqrt(rank) instead (arXiv:2312.03732), which suits large ranks."""
     use_dora: bool = False
     """Learn the lengths of the kernels' columns apart from their directions (arXiv:2402.09353)."""
-    targets: tuple[str, ...] = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
+    targets: tuple[str, ...] = ("all-linear",)
     """Linear maps of the layers that get an adapter: regular expressions for the end of their path from a dot on, in
-    our names (`attention.query`) or in those of Hugging Face folders (`self_attn.q_proj`)."""
+    our names (`attention.query`) or in those of Hugging Face folders (`self_attn.q_proj`). `all-linear` is all of them
+    but those of experts."""
     modules_to_save: tuple[str, ...] = ()
     """Modules that train whole, named likewise: `embed_tokens` (needed with new tokens), `lm_head`, `.*norm`."""
     quantize: str = "none"

@@ -26,7 +26,16 @@ from sft_jax.data.rendering import Renderer
 from sft_jax.datatypes import ConfigError
 from sft_jax.model.families import TransformerConfig
 from sft_jax.model.linear import ADAPTERS
-from sft_jax.model.lora import Kernel, Leaf, find_kernels, init_adapters, lay_out, match_names, merge_adapters
+from sft_jax.model.lora import (
+    ALL_LINEAR,
+    Kernel,
+    Leaf,
+    find_kernels,
+    init_adapters,
+    lay_out,
+    match_names,
+    merge_adapters,
+)
 from sft_jax.model.presets import preset_config
 from sft_jax.model.quantized import SCALES
 from sft_jax.model.router import dtype_among
@@ -274,12 +283,16 @@ def choose_modules(
     """
     names, lora = module_names(model), config.lora
     of_kernels = {path: called for path, called in names.items() if path in kernels}
-    targets = match_names(of_kernels, lora.targets, "config.lora.targets")
+    patterns = [pattern for pattern in lora.targets if pattern != ALL_LINEAR]
+    found = set(match_names(of_kernels, patterns, "config.lora.targets"))
+    if ALL_LINEAR in lora.targets:
+        found |= {path for path, kernel in kernels.items() if not kernel.is_of_experts}
+    targets = tuple(path for path in kernels if path in found)
     saved = match_names(names, lora.modules_to_save, "config.lora.modules_to_save")
     both = sorted(set(targets) & set(saved))
     if both:
         raise ConfigError(f"config.lora: {both[0]} is in targets and in modules_to_save. Take it out of one.")
-    of_experts = next((path for path in targets if len(kernels[path].stack) > 1), None)
+    of_experts = next((path for path in targets if kernels[path].is_of_experts), None)
     if of_experts and (lora.use_dora or lora.dropout):
         option = "use_dora" if lora.use_dora else "dropout"
         raise ConfigError(

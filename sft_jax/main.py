@@ -133,8 +133,11 @@ def run(config: Config, console: Console | None = None) -> epath.Path:
         )
         console.print(f"exported to {run_dir / 'export'}", soft_wrap=True)
         if config.lora.rank:
-            export_adapter(run_dir / "adapter", state.params, placed.model, config.lora, config.model.path, dtype)
-            console.print(f"adapter alone in {run_dir / 'adapter'}", soft_wrap=True)
+            try:
+                export_adapter(run_dir / "adapter", state.params, placed.model, config.lora, config.model.path, dtype)
+                console.print(f"adapter alone in {run_dir / 'adapter'}", soft_wrap=True)
+            except ConfigError as error:  # PEFT has no form for it, and the merged model is there
+                console.print(f"no adapter folder: {error}", soft_wrap=True)
     return run_dir
 
 

@@ -95,7 +95,7 @@ def adapter_tensors(config: TransformerConfig, shapes: Mapping[str, tuple[int, .
     the diagonal of lora_B.
 
     Raises:
-      ConfigError: only some parts of a fused tensor train.
+      ConfigError: only some parts of a fused tensor train, or experts have adapters.
     """
     for hf_name, rules, place in hf_tensors(config):
         outs_ins = rules[0].hf_shape(config)
@@ -104,6 +104,11 @@ def adapter_tensors(config: TransformerConfig, shapes: Mapping[str, tuple[int, .
             if rules[0] is EMBEDDING and config.tie_embeddings:  # PEFT copies what it saves, which unties the two
                 yield AdapterTensor(_PREFIX + HEAD.hf_name, rules, "whole", place, outs_ins)
         if _all_or_none(rules, [f"{_module(rule)}.lora_a" in shapes for rule in rules]):
+            if ".experts." in rules[0].path:
+                raise ConfigError(
+                    f"config.lora: {hf_name} is of experts, whose adapters have no form that PEFT loads: transformers "
+                    "holds the experts of a layer in one tensor. Export the merged model."
+                )
             rank = sum(shapes[f"{_module(rule)}.lora_a"][-1] for rule in rules)
             named = {"lora_a": (rank, outs_ins[1]), "lora_b": (outs_ins[0], rank), "magnitude": outs_ins[:1]}
             for kind, shape in named.items():

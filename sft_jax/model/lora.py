@@ -27,6 +27,8 @@ from sft_jax.model.router import dtype_among
 from sft_jax.model.transformer import Params, linears, logical_dims
 from sft_jax.typing import Array, Key
 
+ALL_LINEAR = "all-linear"  # as PEFT has it
+
 
 class Leaf(NamedTuple):
     """A parameter before there is any: its logical dims, its shape and how it is stored (a dtype)."""
@@ -42,6 +44,10 @@ class Kernel(NamedTuple):
     stack: tuple[tuple[str | None, int], ...]
     ins: tuple[tuple[str | None, int], ...]
     outs: tuple[tuple[str | None, int], ...]
+
+    @property
+    def is_of_experts(self) -> bool:
+        return len(self.stack) > 1
 
 
 def find_kernels(model: TransformerConfig, base: Mapping[str, jax.ShapeDtypeStruct]) -> dict[str, Kernel]:
@@ -89,17 +95,7 @@ def lay_out(
       base: the parameters of the model without adapters.
       targets: paths of the linear maps that get an adapter.
       saved: paths of parameters that train whole.
-
-    Raises:
-      ConfigError: there are kernels that only a linear map of one matrix could hold quantized.
     """
-    unknown = [
-        path
-        for path, leaf in base.items()
-        if _may_stack_experts(path, leaf.shape) and path.removesuffix(".kernel") not in kernels and path not in saved
-    ]
-    if lora.quantize != "none" and unknown:
-        raise ConfigError(f"config.lora.quantize: {unknown[0]} has no quantized form. Set it to none.")
     trainable: dict[str, Leaf] = {}
     frozen: dict[str, Leaf] = {}
     for path, leaf in base.items():
@@ -116,10 +112,6 @@ def lay_out(
         for name, pairs in _adapter_dims(kernels[module], lora).items():
             trainable[f"{module}.{name}"] = Leaf(tuple(n for n, _ in pairs), tuple(size for _, size in pairs), dtype)
     return trainable, frozen
-
-
-def _may_stack_experts(path: str, shape: tuple[int, ...]) -> bool:
-    return path.startswith("layers.") and path.endswith(".kernel") and len(shape) > 3
 
 
 def _adapter_dims(kernel: Kernel, lora: LoraConfig) -> dict[str, tuple[tuple[str | None, int], ...]]:

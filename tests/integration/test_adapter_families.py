@@ -21,7 +21,7 @@ GOLDENS = sorted((Path(__file__).parents[1] / "parity" / "goldens").iterdir())
 @pytest.mark.parametrize("folder", GOLDENS, ids=lambda folder: folder.name)
 def test_merged_equals_adapter(folder, quantize):
     section = ModelConfig(path=str(folder), compute_dtype="float32")
-    config = Config(model=section, lora=LoraConfig(rank=2, alpha=8.0, quantize=quantize))
+    config = Config(model=section, lora=LoraConfig(rank=2, alpha=8.0, targets=(".*",), quantize=quantize))
     model, _ = read_config(folder)
     placed = ModelOnMesh(config, model, build_mesh(MeshConfig(fsdp=1), jax.devices()[:1]))
     trainable, frozen = placed.open_params()

@@ -5,6 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from sft_jax.checkpoint.peft import adapter_tensors
 from sft_jax.config_schema import (
     BatchConfig,
     Config,
@@ -48,7 +49,7 @@ def place(mesh=None, devices=1, **lora):
         batch=BatchConfig(batch_size=B),
         optimizer=OptimizerConfig(learning_rate=1e-2, accum_dtype="float64"),
         schedule=ScheduleConfig(name="constant", warmup_steps=0),
-        lora=LoraConfig(rank=4, **lora),
+        lora=LoraConfig(rank=4, **{"targets": (".*",)} | lora),
     )
     return ModelOnMesh(config, MODEL, build_mesh(mesh or MeshConfig(fsdp=1), jax.devices()[:devices]))
 
@@ -123,10 +124,16 @@ def test_quantized_experts_multiply_as_their_decoded_kernels(form):
     np.testing.assert_allclose(run_model(coded), run_model(params), atol=1e-12)
 
 
+def test_peft_has_no_form_for_them():
+    shapes = {path: leaf.shape for path, leaf in place().leaves[0].items()}
+    with pytest.raises(ConfigError, match=r"mlp\.experts\.0\.gate_proj.* is of experts"):
+        list(adapter_tensors(MODEL, shapes))
+
+
 @pytest.mark.parametrize("option", [{"use_dora": True}, {"dropout": 0.1}])
 def test_what_experts_adapters_do_not_have_is_refused(option):
     placed = place(**option)
-    with pytest.raises(ConfigError, match=f"lora.{next(iter(option))}: layers.0.0.mlp.experts.gate is of experts"):
+    with pytest.raises(ConfigError, match=f"lora.{next(iter(option))}: layers.0.0.mlp.experts.down is of experts"):
         choose_modules(placed.config, MODEL, placed.kernels)
     attention = place(targets=("q_proj",), **option)
     assert choose_modules(attention.config, MODEL, attention.kernels)[0] == ("layers.0.0.attention.query",)
