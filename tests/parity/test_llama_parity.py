@@ -25,6 +25,7 @@ from torch_reference import LLAMA3_ROPE, loss_and_grads, random_llama, random_pa
 
 pytestmark = pytest.mark.parity
 
+FAMILIES = sorted((Path(__file__).parent / "goldens").iterdir())
 TEMPLATE = "{{ bos_token }} {% for message in messages %}{{ message.content }} <|im_end|>{% endfor %}"
 LENGTH = 80  # past LLAMA3_ROPE's original length of 32
 MODELS: dict[str, dict[str, Any]] = {
@@ -141,6 +142,16 @@ def test_transformers_loads_what_we_export(llama, tokenizer, tmp_path: Path, max
     theirs = transformers.AutoTokenizer.from_pretrained(out)
     rendered = theirs.apply_chat_template([{"role": "user", "content": "b a"}], return_dict=False)
     assert rendered == [1, 4, 3, 7]
+
+
+@pytest.mark.parametrize("folder", FAMILIES, ids=lambda folder: folder.name)
+def test_transformers_loads_what_we_export_of_any_family(folder: Path, tokenizer, tmp_path: Path) -> None:
+    config, _ = read_config(folder)
+    params = load_pretrained(folder, config, None, "float32")
+    export_pretrained(tmp_path / "export", params, config, tokenizer, TEMPLATE, (7,))
+    ids = random_ids(config.vocab_size)
+    ours, theirs = (their_logits(load_in_transformers(path), ids) for path in (tmp_path / "export", folder))
+    np.testing.assert_array_equal(ours, theirs)
 
 
 def test_a_bfloat16_export_is_loaded_as_bfloat16(llama, tokenizer, tmp_path: Path) -> None:
