@@ -147,3 +147,11 @@ def test_generate_wants_one_kind_of_prompt(capsys):
     ):
         assert run_command(dispatch, args) == 2
         assert said in capsys.readouterr().err
+
+
+def test_an_interrupt_is_one_line(capsys):
+    def interrupt(args):
+        raise KeyboardInterrupt
+
+    assert run_command(interrupt, []) == 130
+    assert capsys.readouterr().err == "interrupted: the same command goes on from what is finished\n"
