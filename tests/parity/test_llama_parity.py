@@ -88,9 +88,10 @@ def their_logits(model: Any, ids: np.ndarray) -> np.ndarray:
 
 def load_in_transformers(folder: Path) -> Any:
     """The model, with nothing missing, left over, resized or otherwise remarked on."""
-    model, notes = transformers.AutoModelForCausalLM.from_pretrained(
-        folder, output_loading_info=True, attn_implementation="eager"
-    )
+    plain = {"attn_implementation": "eager"}
+    if "num_experts_per_tok" in json.loads((folder / "config.json").read_text()):
+        plain["experts_implementation"] = "eager"  # the others want sizes in multiples of 16 bytes
+    model, notes = transformers.AutoModelForCausalLM.from_pretrained(folder, output_loading_info=True, **plain)
     assert not any(notes.values()), notes
     return model.eval()
 
