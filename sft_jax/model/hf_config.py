@@ -174,7 +174,7 @@ def _take_layers(
 def to_hf_config(config: TransformerConfig, dtype: str) -> dict[str, Any]:
     """The fields of a `config.json` that transformers (4 and 5) and vLLM load; `read_hf_config` gives `config` back.
 
-    Token ids (bos, eos, pad) belong to the tokenizer: the exporter adds them, or transformers assumes its own.
+    Ids of bos and eos belong to the tokenizer: the exporter adds them, or transformers assumes its own.
 
     Args:
       dtype: of the stored weights, such as "bfloat16".
@@ -212,6 +212,7 @@ def to_hf_config(config: TransformerConfig, dtype: str) -> dict[str, Any]:
         "initializer_range": config.initializer_range,
         "torch_dtype": dtype,
         "use_cache": True,
+        "pad_token_id": None,  # is said: transformers would assume the family's, which may lie outside the vocabulary
     }
     if config.activation != "silu":
         fields["hidden_activation"] = activation
