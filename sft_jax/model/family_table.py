@@ -23,7 +23,7 @@ class Option(NamedTuple):
     write: Callable[[Any], Any] = lambda value: value
 
 
-def _write_scalar(scale: float) -> int | float:
+def _write_scalar(scale: float) -> float | int:
     """0.0625 -> 256: an integer where it was one."""
     scalar = scale**-2
     return round(scalar) if abs(scalar - round(scalar)) < 1e-9 * scalar else scalar
@@ -75,7 +75,7 @@ class Family:
 _GEMMA: dict[str, Any] = {
     "scales_embedding": True,
     "only": {"use_bidirectional_attention": False},
-    "harmless": frozenset({"cache_implementation"}),
+    "harmless": frozenset({"cache_implementation", "sliding_window_size"}),
 }
 _GEMMA_DEFAULTS = {"head_dim": 256, "activation": "gelu_tanh", "tie_word_embeddings": True}
 # Microsoft's folders name the code that came with them, which is never run: transformers' own is the same model.
@@ -144,7 +144,6 @@ FAMILIES: dict[str, Family] = {
         options={
             "attention_bias": False,
             "query_pre_attn_scalar": 256.0,
-            "attn_logit_softcapping": None,
             "final_logit_softcapping": None,
         },
         defaults=_GEMMA_DEFAULTS | {"num_key_value_heads": 4, "max_position_embeddings": 131_072},
@@ -152,7 +151,8 @@ FAMILIES: dict[str, Family] = {
         windows="periodic",
         window_period=6,
         window=4096,
-        **_GEMMA,
+        # transformers has the key and does not heed it.
+        **_GEMMA | {"only": _GEMMA["only"] | {"attn_logit_softcapping": None}},
     ),
     # OLMo-2: no norm before a part, one after it, and one over all queries and all keys.
     "olmo2": Family(

@@ -86,7 +86,6 @@ _QWEN3 = {"rope_theta": 1_000_000.0, "head_dim": 128, "max_position_embeddings":
 _GEMMA3 = {"rope_scaling": {"rope_type": "linear", "factor": 8.0}, "sliding_window": 1024}
 _OLMO2 = {"rope_theta": 500_000.0, "rms_norm_eps": 1e-6, "max_position_embeddings": 4096}
 _GRANITE3 = {
-    "rope_theta": 10_000_000.0,
     "rms_norm_eps": 1e-5,
     "max_position_embeddings": 131_072,
     "tie_word_embeddings": True,
@@ -95,7 +94,7 @@ _GRANITE3 = {
 }
 _TIED = {"tie_word_embeddings": True}
 
-_TABLE: dict[str, Preset] = {
+TABLE: dict[str, Preset] = {
     # The embedded testbed's base model: 0.87M parameters, pretrained in minutes on a CPU.
     "testbed": _preset("llama", "", (4, 128, 352, 4, 2), 1024, **_LLAMA, **_TIED, max_position_embeddings=1024),
     # Workload W1 of benchmarks/: 15.2M parameters.
@@ -204,14 +203,14 @@ _TABLE: dict[str, Preset] = {
     "olmo2-32b": _preset("olmo2", "allenai/OLMo-2-0325-32B", (64, 5120, 27648, 40, 8), 100_352, **_OLMO2),
     "granite3.1-2b": _preset(
         "granite", "ibm-granite/granite-3.1-2b-instruct", (40, 2048, 8192, 32, 8), 49_155, **_GRANITE3,
-        attention_multiplier=0.015625, logits_scaling=8.0,
+        rope_theta=5_000_000.0, attention_multiplier=0.015625, logits_scaling=8.0,
     ),
     "granite3.1-8b": _preset(
         "granite", "ibm-granite/granite-3.1-8b-instruct", (40, 4096, 12800, 32, 8), 49_155, **_GRANITE3,
-        attention_multiplier=0.0078125, logits_scaling=16.0,
+        rope_theta=10_000_000.0, attention_multiplier=0.0078125, logits_scaling=16.0,
     ),
 }  # fmt: skip
 
 PRESETS: dict[str, TransformerConfig] = {
-    name: read_hf_config(preset.fields, preset.source or name) for name, preset in _TABLE.items()
+    name: read_hf_config(preset.fields, preset.source or name) for name, preset in TABLE.items()
 }

@@ -71,3 +71,55 @@ def test_scaling_is_read():
     assert layer.rope.scaling == Llama3Scaling(
         factor=8.0, low_freq_factor=1.0, high_freq_factor=4.0, original_max_position=8192
     )
+
+
+SMALL = {
+    "vocab_size": 31, "hidden_size": 16, "intermediate_size": 8, "num_hidden_layers": 4, "num_attention_heads": 2,
+    "num_key_value_heads": 1,
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("family", "changes", "named"),
+    [
+        ("gemma3", {}, "its type is gemma3_text"),
+        ("mistral3", {}, "its type is mistral"),
+        ("llama", {"sliding_window": 8}, "sliding_window is 8; only None"),
+        ("mistral", {"sliding_window": 0}, "window is 0"),
+        ("qwen2", {"use_mrope": True}, "use_mrope is True"),
+        ("qwen2", {"attention_bias": True}, "attention_bias is True"),
+        ("qwen3", {"layer_types": ["full_attention"] * 3}, "expected 4 of"),
+        ("qwen3", {"layer_types": ["linear_attention"] * 4}, "linear_attention"),
+        ("qwen3", {"layer_types": ["sliding_attention"] * 4, "sliding_window": None}, "Say how long"),
+        ("gemma", {"use_bidirectional_attention": True}, "use_bidirectional_attention is True"),
+        ("gemma2", {"hidden_activation": "relu"}, "hidden_activation is 'relu'"),
+        ("gemma2", {"attn_logit_softcapping": -1.0}, "attention_softcap is -1.0"),
+        ("gemma3_text", {"attn_logit_softcapping": 50.0}, "attn_logit_softcapping is 50.0"),
+        ("gemma3_text", {"rope_parameters": {"rope_type": "default"}}, "expected full_attention and sliding_attention"),
+        ("phi3", {"rope_scaling": {"type": "yarn", "factor": 2.0}}, "'yarn'"),
+        ("phi3", {"rope_scaling": {"type": "longrope", "short_factor": [1.0], "long_factor": [1.0]}}, "1 short and 1"),
+        ("phi3", {"auto_map": {"AutoModelForCausalLM": "elsewhere.Phi3ForCausalLM"}}, "auto_map"),
+        ("olmo2", {"clip_qkv": 8.0}, "clip_qkv = 8.0"),
+        ("granite", {"attention_multiplier": "0.1"}, "attention_multiplier is '0.1'"),
+        ("granite", {"logits_scaling": 0.0}, "logits_divisor is 0.0"),
+    ],
+)
+def test_a_family_refuses_what_it_would_ignore(family, changes, named):
+    with pytest.raises(ConfigError, match=r"^config.json: ") as caught:
+        read_hf_config({"model_type": family} | SMALL | changes, "config.json")
+    assert named in str(caught.value)
+
+
+def test_layers_with_a_window_are_found():
+    def windows(family, **fields):
+        config = read_hf_config({"model_type": family, "sliding_window": 8} | SMALL | fields, "config.json")
+        return [layer.window for layer in list_layers(config)]
+
+    assert windows("mistral") == [8] * 4
+    assert windows("mistral", sliding_window=None) == [None] * 4
+    assert windows("qwen2") == [None] * 4
+    assert windows("qwen2", use_sliding_window=True, max_window_layers=3) == [None] * 3 + [8]
+    assert windows("gemma2") == [8, None] * 2
+    assert windows("gemma3_text") == [8] * 4
+    assert windows("gemma3_text", sliding_window_pattern=3) == [8, 8, None, 8]
+    assert windows("gemma3_text", layer_types=["full_attention"] * 4) == [None] * 4

@@ -12,9 +12,9 @@ from sft_jax.config_schema import MeshConfig
 from sft_jax.datatypes import ConfigError
 from sft_jax.model import transformer
 from sft_jax.model.attention import Rows, Scores, attend
-from sft_jax.model.families import LayerConfig, TransformerConfig, num_params, same_layers
+from sft_jax.model.families import LayerConfig, TransformerConfig, group_layers, num_params, same_layers
 from sft_jax.model.presets import PRESETS
-from sft_jax.model.rope import Llama3Scaling, RopeConfig, rope_for, rotate
+from sft_jax.model.rope import LinearScaling, Llama3Scaling, RopeConfig, rope_for, rotate
 from sft_jax.model.transformer import (
     EmbeddingNoise,
     abstract_params,
@@ -33,6 +33,13 @@ CONFIG = TransformerConfig(
     head_dim=4, norm_eps=1e-5, tie_embeddings=True, max_position=64, initializer_range=0.3,
 )  # fmt: skip
 UNTIED = dataclasses.replace(CONFIG, tie_embeddings=False)
+LOCAL = LayerConfig(rope=RopeConfig(theta=10.0, fraction=0.5), window=2)
+WHOLE = LayerConfig(rope=RopeConfig(theta=100.0, scaling=LinearScaling(factor=2.0)))
+RICH = dataclasses.replace(
+    CONFIG, layers=group_layers([LOCAL, WHOLE, LOCAL, WHOLE, LOCAL]), norms="sandwich", norm_adds_one=True,
+    qk_norm="head", qkv_bias=True, out_bias=True, mlp_bias=True, activation="gelu_tanh", attention_scale=0.7,
+    attention_softcap=2.0, embedding_multiplier=4.0, residual_multiplier=0.5,
+)  # fmt: skip
 PLAIN = {"compute_dtype": jnp.float64, "remat": "none", "attention": "reference"}
 
 
@@ -46,6 +53,18 @@ def _float64():
 def params():
     with jax.enable_x64(True):
         return jax.jit(partial(init_params, CONFIG, dtype=jnp.float64))(jax.random.key(0))
+
+
+@pytest.fixture(scope="module", params=[CONFIG, RICH], ids=["plain", "rich"])
+def model(request, params):
+    """A config and its parameters, random and none of them zero."""
+    if request.param is CONFIG:
+        return CONFIG, params
+    with jax.enable_x64(True):
+        made = jax.jit(partial(init_params, RICH, dtype=jnp.float64))(jax.random.key(0))
+        keys = jax.random.split(jax.random.key(1), len(made))
+        noise = {path: jax.random.normal(key, made[path].shape) for path, key in zip(sorted(made), keys, strict=True)}
+        return RICH, {path: values + 0.1 * noise[path] for path, values in made.items()}
 
 
 @partial(jax.jit, static_argnames=("config", "compute_dtype", "remat", "attention", "mesh"))
@@ -183,19 +202,20 @@ def test_an_id_outside_the_vocabulary_is_never_another_token(params):
 
 
 @pytest.mark.parametrize("split", [(3, 1), (1, 1, 1, 1, 1)])
-def test_cached_decoding_equals_the_whole_row(params, split):
+def test_cached_decoding_equals_the_whole_row(model, split):
     """Two rows of 6 and 4 tokens: the prompt in one go, then in chunks; slots of padding are written over."""
-    inputs = jax.random.randint(jax.random.key(3), (2, 6), 0, CONFIG.vocab_size)
+    config, params = model
+    inputs = jax.random.randint(jax.random.key(3), (2, 6), 0, config.vocab_size)
     positions = jnp.broadcast_to(jnp.arange(6), (2, 6))
     segment_ids = jnp.array([[1] * 6, [1] * 4 + [0] * 2])
-    expected = forward(params, inputs, positions, segment_ids)
+    expected = forward(params, inputs, positions, segment_ids, config=config)
 
     options = {"compute_dtype": jnp.float64, "attention": "reference"}
-    step = jax.jit(lambda *arrays: decode(params, CONFIG, *arrays, **options))
+    step = jax.jit(lambda *arrays: decode(params, config, *arrays, **options))
     prompt = 6 - sum(split)
     lengths = jnp.array([prompt, 1])  # the second row's prompt is shorter, and padded
     at = jnp.broadcast_to(jnp.arange(prompt), (2, prompt))
-    hidden, cache = step(inputs[:, :prompt], at, lengths, empty_cache(CONFIG, 2, 8, jnp.float64))
+    hidden, cache = step(inputs[:, :prompt], at, lengths, empty_cache(config, 2, 8, jnp.float64))
     np.testing.assert_allclose(hidden[0], expected[0, :prompt], rtol=1e-9)
     np.testing.assert_allclose(hidden[1, 0], expected[1, 0], rtol=1e-9)
     for count in split:
@@ -229,7 +249,10 @@ def test_noise_belongs_to_the_row_and_not_to_the_batch(params):
     assert np.abs(whole[0] - whole[1]).max() > 1e-3
 
 
-@pytest.mark.parametrize("config", [CONFIG, UNTIED, *PRESETS.values()])
+_OF_EACH_FAMILY = {config.family: config for config in PRESETS.values()}.values()
+
+
+@pytest.mark.parametrize("config", [CONFIG, UNTIED, RICH, *_OF_EACH_FAMILY])
 def test_every_parameter_is_counted_and_has_one_rule(config):
     shapes = abstract_params(config, jnp.bfloat16)
     assert sum(leaf.size for leaf in shapes.values()) == num_params(config)
@@ -257,14 +280,15 @@ def test_initialisation_on_a_mesh_equals_one_device():
     assert not np.array_equal(alone["layers.0.0.mlp.up.kernel"][0], alone["layers.0.0.mlp.up.kernel"][1])
 
 
-def test_a_mesh_changes_no_number(params):
+def test_a_mesh_changes_no_number(model):
+    config, params = model
     mesh = build_mesh(MeshConfig(replica=2, fsdp=2, tensor=2))
     shapes = {path: leaf.shape for path, leaf in params.items()}
     spread = jax.device_put(params, shardings_for(mesh, {path: logical_dims(path) for path in shapes}, shapes))
     rows = tuple(jnp.tile(field, (4, 1)) for field in PACKED)
 
     def loss(params, mesh):
-        return jnp.sum(jnp.sin(forward(params, *rows, mesh=mesh, remat="full")))
+        return jnp.sum(jnp.sin(forward(params, *rows, config=config, mesh=mesh, remat="full")))
 
     value, grads = value_and_grad(partial(loss, mesh=mesh), spread)
     expected, expected_grads = value_and_grad(partial(loss, mesh=None), params)

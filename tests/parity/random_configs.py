@@ -111,6 +111,7 @@ def _gemma2(rng: np.random.Generator, fields: dict[str, Any]) -> None:
 
 def _gemma3(rng: np.random.Generator, fields: dict[str, Any]) -> None:
     _gemma2(rng, fields)
+    fields["attn_logit_softcapping"] = None
     fields["rope_local_base_freq"] = _pick(rng, [50.0, 10_000.0])
     if rng.integers(2):
         fields["sliding_window_pattern"] = _pick(rng, [2, 3])

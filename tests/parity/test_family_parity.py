@@ -5,7 +5,6 @@ The first few configs of each family are quick; the rest run with the slow ones.
 """
 
 import json
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -27,8 +26,10 @@ from packed_step import relative_difference, step_loss_and_grads  # noqa: E402
 from random_configs import DRAWN_FAMILIES, draw_config  # noqa: E402
 from torch_reference import (  # noqa: E402
     loss_and_grads,
+    loss_of,
     random_model,
     random_packed_batch,
+    rebuilt,
     segment_logits,
     segments_of,
 )
@@ -36,6 +37,8 @@ from torch_reference import (  # noqa: E402
 pytestmark = pytest.mark.parity
 
 NUM_QUICK, NUM_DRAWN = 3, 28
+_TOKEN_IDS = ("bos_token_id", "eos_token_id", "pad_token_id")
+_QUICK_TO_COMPILE = {"xla_backend_optimization_level": 0}  # each runs once
 SEGMENT_LENGTHS = ((40,), (26, 14), (5, 17, 11))  # some of them past random_configs.ORIGINAL_LENGTH
 DRAWS = [
     pytest.param(family, seed, marks=[] if seed < NUM_QUICK else pytest.mark.slow)
@@ -58,29 +61,44 @@ def saved(tmp_path: Path):
 
 
 @pytest.mark.parametrize(("family", "seed"), DRAWS)
-def test_packed_logits_and_loss_equal_those_of_each_segment_alone(saved, family: str, seed: int) -> None:
+def test_packed_logits_and_loss_equal_those_of_each_segment_alone(
+    saved, record_property, family: str, seed: int
+) -> None:
     fields, model, folder = saved(family, seed)
     config, _ = read_config(folder)
     params = load_pretrained(folder, config, None, "float32")
     assert_the_trip_changes_nothing(fields, model, config, params)
 
     batch = random_packed_batch(seed, fields["vocab_size"], SEGMENT_LENGTHS)
-    run = partial(forward, config=config, compute_dtype=jnp.float32, remat="none", attention="reference")
-    rows = {name: batch[name] for name in ("inputs", "positions", "segment_ids")}
-    hidden = jax.jit(run)(params, **rows)
-    head = output_head(params)
-    logits = np.asarray(config.logit_shape.apply(jnp.einsum("bld,vd->blv", hidden, head)))
+    logits, loss = logits_and_loss(params, config, batch)
     with torch.no_grad():
-        pairs = [(logits[here], segment_logits(model, batch, here).numpy()) for here in segments_of(batch)]
-    scale = np.std(np.concatenate([theirs for _, theirs in pairs]))
+        pairs = [(logits[here], segment_logits(model, batch, here)) for here in segments_of(batch)]
+    scale = float(torch.cat([theirs for _, theirs in pairs]).std())
     assert 0.2 < scale < 4  # about unit scale
-    worst = max(np.abs(ours - theirs).max() for ours, theirs in pairs)
-    assert worst <= 2e-4 * min(1, scale)
+    worst = max(np.abs(ours - theirs.numpy()).max() for ours, theirs in pairs) / min(1, scale)
+    record_property("logit_difference", worst)
+    assert worst <= 2e-4
+    again = rebuilt(model, to_hf_config(config, "float32") | {name: fields[name] for name in _TOKEN_IDS})
+    *_, last = segments_of(batch)
+    assert torch.equal(segment_logits(again, batch, last), pairs[-1][1])  # what we export means the same there
+    expected = loss_of([theirs for _, theirs in pairs], batch)
+    record_property("loss_difference", abs(loss - expected) / expected)
+    assert loss == pytest.approx(expected, rel=2e-6)
 
-    weights, targets = batch["loss_weights"], batch["targets"]
-    sums = sum_cross_entropy(hidden, head, targets, weights, LossConfig(), logit_shape=config.logit_shape)
-    expected, _ = loss_and_grads(model, batch)
-    assert float(sums.loss_sum / sums.weight_sum) == pytest.approx(expected, rel=2e-6)
+
+def logits_and_loss(params: Any, config: Any, batch: dict[str, np.ndarray]) -> tuple[np.ndarray, float]:
+    def run(params: Any, batch: dict[str, Any]) -> tuple[Any, Any]:
+        rows = {name: batch[name] for name in ("inputs", "positions", "segment_ids")}
+        hidden = forward(params, config, **rows, compute_dtype=jnp.float32, remat="none", attention="reference")
+        head = output_head(params)
+        sums = sum_cross_entropy(
+            hidden, head, batch["targets"], batch["loss_weights"], LossConfig(), logit_shape=config.logit_shape
+        )
+        logits = config.logit_shape.apply(jnp.einsum("bld,vd->blv", hidden, head))
+        return logits, sums.loss_sum / sums.weight_sum
+
+    logits, loss = jax.jit(run, compiler_options=_QUICK_TO_COMPILE)(params, batch)
+    return np.asarray(logits), float(loss)
 
 
 def assert_the_trip_changes_nothing(fields: dict[str, Any], model: Any, config: Any, params: Any) -> None:
@@ -101,10 +119,12 @@ def assert_the_trip_changes_nothing(fields: dict[str, Any], model: Any, config: 
 
 
 @pytest.mark.parametrize(("family", "seed"), [(family, NUM_DRAWN) for family in DRAWN_FAMILIES])
-def test_gradients_of_a_packed_batch_are_equal(saved, family: str, seed: int) -> None:
+def test_gradients_of_a_packed_batch_are_equal(saved, record_property, family: str, seed: int) -> None:
     fields, model, folder = saved(family, seed)
     batch = random_packed_batch(seed, fields["vocab_size"], SEGMENT_LENGTHS)
     loss, grads = loss_and_grads(model, batch)
     our_loss, our_grads = step_loss_and_grads(folder, batch, MeshConfig(), num_devices=1)
     assert our_loss == pytest.approx(loss, rel=2e-6)
-    assert relative_difference(our_grads, grads) <= 2e-5
+    difference = relative_difference(our_grads, grads)
+    record_property("gradient_difference", difference)
+    assert difference <= 2e-5

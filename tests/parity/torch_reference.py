@@ -51,6 +51,13 @@ def random_model(seed: int, fields: dict[str, Any]) -> Any:
     return model
 
 
+def rebuilt(model: Any, fields: dict[str, Any]) -> Any:
+    """The same weights in a model of another config.json."""
+    again = type(model)._from_config(AutoConfig.for_model(**fields), attn_implementation="eager").float().eval()
+    again.load_state_dict(model.state_dict())
+    return again
+
+
 def random_packed_batch(
     seed: int, vocab_size: int, segment_lengths: SegmentLengths = SEGMENT_LENGTHS
 ) -> dict[str, np.ndarray]:
@@ -88,15 +95,25 @@ def segment_logits(model: Any, batch: dict[str, np.ndarray], here: tuple[int, sl
     return model(input_ids=torch.tensor(batch["inputs"][here], dtype=torch.long)[None], use_cache=False).logits[0]
 
 
+def loss_of(logits: list[torch.Tensor], batch: dict[str, np.ndarray]) -> float:
+    """Sum of weighted cross-entropies over the sum of weights, from the logits of every segment."""
+    parts = zip(logits, segments_of(batch), strict=True)
+    return sum(_loss_part(of_segment, batch, here).item() for of_segment, here in parts)
+
+
+def _loss_part(logits: torch.Tensor, batch: dict[str, np.ndarray], here: tuple[int, slice]) -> torch.Tensor:
+    """What one segment adds to the loss."""
+    targets = torch.tensor(batch["targets"][here], dtype=torch.long)
+    nll = torch.nn.functional.cross_entropy(logits, targets, reduction="none")
+    return (torch.tensor(batch["loss_weights"][here]) * nll).sum() / float(batch["loss_weights"].sum(dtype=np.float64))
+
+
 def loss_and_grads(model: Any, batch: dict[str, np.ndarray]) -> tuple[float, dict[str, np.ndarray]]:
-    """Sum of weighted cross-entropies over the sum of weights, and its gradients."""
+    """The loss as in `loss_of`, and its gradients."""
     model.zero_grad()
-    weight_sum = float(batch["loss_weights"].sum(dtype=np.float64))
     loss = 0.0
     for here in segments_of(batch):
-        targets = torch.tensor(batch["targets"][here], dtype=torch.long)
-        nll = torch.nn.functional.cross_entropy(segment_logits(model, batch, here), targets, reduction="none")
-        part = (torch.tensor(batch["loss_weights"][here]) * nll).sum() / weight_sum
+        part = _loss_part(segment_logits(model, batch, here), batch, here)
         part.backward()  # gradients of the parts add up
         loss += part.item()
     return loss, {name: parameter.grad.numpy().copy() for name, parameter in model.named_parameters()}
