@@ -53,7 +53,7 @@ def make_source(folder: Path, gigabytes: float, num_shards: int) -> int:
 
     from sft_jax.checkpoint.hf import read_config
     from sft_jax.checkpoint.hf_names import hf_tensors
-    from sft_jax.checkpoint.safetensors_writer import TensorSpec, write_tensors
+    from sft_jax.checkpoint.safetensors_writer import TensorSpec, plan_shards, write_tensors
 
     folder.mkdir()
     sizes = []
@@ -77,7 +77,9 @@ def make_source(folder: Path, gigabytes: float, num_shards: int) -> int:
             yield spec.name, values.view(dtype).reshape(spec.shape)
 
     total = sum(spec.num_bytes for spec in specs)
-    write_tensors(folder, specs, tensors(), max_shard_bytes=int(total / num_shards * 1.02))
+    limits = (total * (100 + percent) // (100 * num_shards) for percent in range(1000))
+    limit = next(limit for limit in limits if len(plan_shards(specs, limit)) <= num_shards)
+    write_tensors(folder, specs, tensors(), max_shard_bytes=limit)
     return total
 
 
