@@ -177,6 +177,9 @@ def _fill(out: np.ndarray, param: Array | ParamSource, place: tuple[int, ...], f
     if isinstance(param, ParamSource):
         with ThreadPoolExecutor(_WORKERS) as pool:
             list(pool.map(lambda rows: _read_rows(out[rows], param, place, first_row + rows.start), blocks))
+    elif param.is_fully_addressable:
+        for rows in blocks:
+            _copy_rows(out[rows], param, place, first_row + rows.start)
     else:
         part = _take(param, place) if place else param
         for rows in blocks:
@@ -196,13 +199,27 @@ def _take(values: Array, place: tuple[int | Array, ...]) -> Array:
     return jnp.squeeze(part, tuple(range(len(place))))
 
 
+def _copy_rows(out: np.ndarray, values: Array, place: tuple[int, ...], first_row: int) -> None:
+    """From each shard what it has of them. Slicing the array itself would gather more than that on every device."""
+    begin = (*place, first_row, *[0] * (out.ndim - 1))
+    out = out[(None,) * len(place)]
+    for shard in values.addressable_shards:
+        spans = [at.indices(size)[:2] for at, size in zip(shard.index, values.shape, strict=True)]
+        starts = [max(start, first) for (start, _), first in zip(spans, begin, strict=True)]
+        stops = [min(stop, first + size) for (_, stop), first, size in zip(spans, begin, out.shape, strict=True)]
+        sizes = [stop - start for start, stop in zip(starts, stops, strict=True)]
+        if shard.replica_id or min(sizes) <= 0:
+            continue
+        inner = [start - first for start, (first, _) in zip(starts, spans, strict=True)]
+        # A new array: numpy's copy of an array stays in host memory as long as that array lives.
+        part = jax.lax.dynamic_slice(shard.data, inner, sizes)
+        box = (slice(start - first, stop - first) for start, stop, first in zip(starts, stops, begin, strict=True))
+        copy_in_blocks(out[tuple(box)], np.asarray(part))
+
+
 def _pull(values: Array, first_row: int, num_rows: int) -> np.ndarray:
     """Some rows of an array, gathered on the host of every process."""
-    # A new array also of all rows: numpy's copy of an array stays in host memory as long as that array lives.
-    part = jax.lax.dynamic_slice_in_dim(values, first_row, num_rows)
-    if not part.is_fully_addressable:
-        return multihost_utils.process_allgather(part, tiled=True)
-    return np.asarray(part)
+    return multihost_utils.process_allgather(jax.lax.dynamic_slice_in_dim(values, first_row, num_rows), tiled=True)
 
 
 def _one_ahead(tensors: Iterator[tuple[str, np.ndarray]]) -> Iterator[tuple[str, np.ndarray]]:
