@@ -1,6 +1,6 @@
 """The demo trained in full, by LoRA, by DoRA and by QLoRA: what is learned, and what it takes.
 
-    python benchmarks/adapters.py [--only lora,qlora_nf4] [--json FILE]
+    python benchmarks/adapters.py [--only lora,rslora,qlora_int8] [--json FILE]
 
 Each case is `configs/demo.py` with the fields of CASES changed, in a process of its own, and must reach the demo's
 bars. About two minutes each on 2 idle cores.
@@ -101,7 +101,7 @@ def unmet_bars(results: dict[str, dict]) -> list[str]:
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--only", default=",".join(CASES), help="some of the cases, by name")
+    parser.add_argument("--only", default="full,lora,dora,qlora_nf4", help=f"of {', '.join(CASES)}")
     parser.add_argument("--json", type=Path, help="write the figures here too")
     parser.add_argument("--cores", default="0,1")
     parser.add_argument("--case", nargs=2, metavar=("NAME", "FOLDER"), help=argparse.SUPPRESS)
