@@ -26,12 +26,12 @@ def test_a_folder_is_placed_as_it_was_planned(lora):
         planned = {path: (leaf.shape, jnp.dtype(leaf.dtype)) for path, leaf in leaves.items()}
         assert {path: (value.shape, value.dtype) for path, value in params.items()} == planned
     every = trained | frozen
-    assert {path for path, value in every.items() if value.dtype == jnp.float32} == {"layers.1.0.mlp.router.correction"}
-    kernel = every["layers.1.0.mlp.experts.gate.kernel"]  # [layers, experts, D, X]
+    assert {path for path, value in every.items() if value.dtype == jnp.float32} == {"layers.0.1.mlp.router.correction"}
+    kernel = every["layers.0.1.mlp.experts.gate.kernel"]  # [layers, experts, D, X]
     assert kernel.sharding.shard_shape(kernel.shape) == (1, 2, 12, 4)
     if lora.rank:
         assert not any("experts" in path for path in trained)
-        assert "layers.1.0.mlp.shared.up.lora_a" in trained
+        assert "layers.0.1.mlp.shared.up.lora_a" in trained
     assert jax.tree.map(lambda leaf: leaf.dtype, placed.abstract_state.params) == {
         path: value.dtype for path, value in trained.items()
     }
