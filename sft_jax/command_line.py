@@ -5,6 +5,7 @@ import difflib
 import json
 import logging
 import runpy
+import signal
 import sys
 import warnings
 from collections.abc import Callable, Sequence
@@ -34,6 +35,11 @@ def run_command(command: Callable[[list[str]], int | None], argv: Sequence[str] 
             raise
         print(f"error: {error}", file=sys.stderr)
         return error.exit_code
+    except KeyboardInterrupt:
+        if debug:
+            raise
+        print("interrupted: the same command goes on from what is finished", file=sys.stderr)
+        return 128 + signal.SIGINT
 
 
 def config_parser(prog: str, description: str, example: str) -> argparse.ArgumentParser:

@@ -3,7 +3,7 @@
 import dataclasses
 import json
 import re
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import cached_property, partial
 from typing import Any
 
@@ -344,21 +344,33 @@ def open_start(placed: ModelOnMesh, manager: CheckpointManager, data: PackedData
     if latest is None:
         trainable, frozen = placed.open_params()
         return Start(init_state(trainable, placed.optimizer), frozen, EarlyStopping())
-    meta, run = manager.read_meta(latest), placed.config.run
-    in_data = describe_changes(meta["data"], data.fingerprint_fields)
+    meta = manager.read_meta(latest)
     in_model = describe_changes(meta["model"], placed.identity)
-    if in_model or (in_data and not run.override_fingerprint):
-        changed = "\n".join(f"  {change}" for change in [*in_model, *in_data])
-        way_on = "" if in_model else ", or go on with the new data by --override-fingerprint"
-        raise ConfigError(
-            f"config.run.dir: {run.dir} has a checkpoint of step {latest} of another model, on other data or in "
-            f"another order:\n{changed}\nRestore what it was, name a new config.run.dir{way_on}."
-        )
+    in_data = refuse_changes(placed.config, latest, meta["data"], data.fingerprint_fields, in_model)
     overrides = tuple(meta["overrides"])
     if in_data:
         overrides += ({"step": latest, "changes": in_data},)
     restored, meta = manager.restore(latest, vars(placed.abstract_state))
     return Start(TrainState(**restored), placed.open_frozen(), EarlyStopping.from_json(meta["stopping"]), overrides)
+
+
+def refuse_changes(
+    config: Config, step: int, saved: Mapping[str, Any], now: Mapping[str, Any], in_model: Sequence[str] = ()
+) -> list[str]:
+    """What of a run's data is not what its checkpoint of `step` has, which `override_fingerprint` lets through.
+
+    Raises:
+      ConfigError: as `open_start`.
+    """
+    in_data = describe_changes(saved, now)
+    if in_model or (in_data and not config.run.override_fingerprint):
+        changed = "\n".join(f"  {change}" for change in [*in_model, *in_data])
+        way_on = "" if in_model else ", or go on with the new data by --override-fingerprint"
+        raise ConfigError(
+            f"config.run.dir: {config.run.dir} has a checkpoint of step {step} of another model, on other data or in "
+            f"another order:\n{changed}\nRestore what it was, name a new config.run.dir{way_on}."
+        )
+    return in_data
 
 
 def describe_changes(saved: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:

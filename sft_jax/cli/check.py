@@ -2,16 +2,19 @@
 
 import json
 import sys
+from collections.abc import Mapping
+from typing import Any
 
 from etils import epath
 from rich.console import Console
 
+from sft_jax.checkpoint.manager import CheckpointManager
 from sft_jax.command_line import config_parser, read_config, run_command
 from sft_jax.config import warnings_for
 from sft_jax.config_schema import Config
 from sft_jax.data.report_table import report_table
 from sft_jax.datatypes import StorageError
-from sft_jax.experiment import open_eval_data, open_model_config, open_renderer, open_train_data
+from sft_jax.experiment import open_eval_data, open_model_config, open_renderer, open_train_data, refuse_changes
 from sft_jax.main import make_run_dir
 
 
@@ -29,13 +32,23 @@ def main(args: list[str]) -> int:
         console.print(f"warning: {warning}", style="yellow", soft_wrap=True)
     renderer = open_renderer(config)
     open_model_config(config, renderer)
-    train = open_train_data(config, renderer).report
+    data = open_train_data(config, renderer)
+    train = data.report
     held_out = {name: data.report for name, data in open_eval_data(config, renderer).items()}
     for name, report in {"train": train, **{f"eval {name}": report for name, report in held_out.items()}}.items():
         console.print(f"\n{name}", style="bold")
         console.print(report_table(report))
+    check_resumes(config, data.fingerprint_fields)
     console.print("\n" + write_report(config, options.out, train | {"eval": held_out}), soft_wrap=True, highlight=False)
     return 0
+
+
+def check_resumes(config: Config, fingerprint_fields: Mapping[str, Any]) -> None:
+    """Raises ConfigError where the run directory has a checkpoint on other data."""
+    checkpoints = epath.Path(config.run.dir).expanduser() / "checkpoints"
+    manager = CheckpointManager(checkpoints, config.checkpoint.keep_latest) if checkpoints.exists() else None
+    if manager is not None and (step := manager.latest_step()) is not None:
+        refuse_changes(config, step, manager.read_meta(step)["data"], fingerprint_fields)
 
 
 def write_report(config: Config, out: str | None, report: dict) -> str:

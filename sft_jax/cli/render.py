@@ -12,7 +12,7 @@ from rich.text import Text
 from sft_jax.command_line import run_command
 from sft_jax.config import from_config_dict
 from sft_jax.config_schema import DataConfig
-from sft_jax.data.conversations import detect_format, parse_row
+from sft_jax.data.conversations import check_detected, detect_format, parse_row
 from sft_jax.data.errors import RowError
 from sft_jax.data.preview import preview_tokens, weights_of
 from sft_jax.data.rendering import Renderer, open_renderer
@@ -99,6 +99,8 @@ def render_rows(data: DataConfig, renderer: Renderer) -> Iterator[list[Tokenized
                     raise RowError(row.reason, row.origin, row.message)
                 if format == "auto":
                     format = detect_format(row, source.fields)
+                elif source.format == "auto":
+                    check_detected(row, format, source.fields)
                 examples = renderer.render(parse_row(row, format, data.role_map, source.fields))
                 renderer.refuse_clock()  # some templates ask for the date in some conversations only
                 if not all(example.loss_weights.any() for example in examples):  # as a run would refuse it

@@ -14,13 +14,21 @@ from collections import Counter
 from collections.abc import Mapping
 from typing import Any
 
-from sft_jax.data.formats import TOOL_FIELDS, RawTurns, detect_format, ignored_fields, read_fields, read_turns
+from sft_jax.data.formats import (
+    TOOL_FIELDS,
+    RawTurns,
+    check_detected,
+    detect_format,
+    ignored_fields,
+    read_fields,
+    read_turns,
+)
 from sft_jax.data.messages import parse_message
 from sft_jax.data.row_values import RowCheck, check_text, refuse
 from sft_jax.data.tool_calls import OpenCalls, parse_tools
 from sft_jax.datatypes import Conversation, Document, Message, RawRow
 
-__all__ = ["detect_format", "ignored_fields", "parse_prompt", "parse_row"]
+__all__ = ["check_detected", "detect_format", "ignored_fields", "parse_prompt", "parse_row"]
 
 _NO_NAMES: dict[str, str] = {}
 _NOTHING: frozenset[str] = frozenset()

@@ -28,11 +28,12 @@ _NEEDED = frozenset().union(*(needs for format in FORMATS.values() for needs in 
 TOOL_FIELDS = ("tools", "functions")
 _MEDIA = frozenset({"audio", "audios", "image", "images", "video", "videos"})
 UNSUPPORTED_FIELDS = _MEDIA | {
-    "chat_template", "chat_template_kwargs", "documents", "loss_weight", "loss_weights", "weight", "kto_tag",
+    "chat_template", "chat_template_kwargs", "documents", "loss_weight", "loss_weights", "weight", "train", "kto_tag",
 }  # fmt: skip
 """Fields beside a row's own that other trainers obey; a row that sets one would not train as its author meant. So are
 those that another format reads. Any other field is ignored, and counted in the data report."""
 _OF_SOME_FORMATS = frozenset({*TOOL_FIELDS, "system", "history"})
+_OF_OTHERS = {name: _NEEDED - format.reads for name, format in FORMATS.items()}
 _UNREAD = {name: UNSUPPORTED_FIELDS | (_OF_SOME_FORMATS - format.reads) for name, format in FORMATS.items()}
 
 # Shapes that hold no demonstration as they are: the fields of each, the reason, and what its message says.
@@ -153,6 +154,13 @@ def detect_format(row: RawRow, field_map: Mapping[str, str] = _NO_FIELDS) -> str
     refuse("wrong_format", row.origin, problem, mend)
 
 
+def check_detected(row: RawRow, format: str, field_map: Mapping[str, str] = _NO_FIELDS) -> None:
+    """Hold a row to the format that another row of its file has shown: `wrong_format` where it may be read as another
+    too, as if it had been the first."""
+    if field_map or not _OF_OTHERS[format].isdisjoint(row.fields):
+        detect_format(row, field_map)
+
+
 def read_fields(row: RawRow, format: str, field_map: Mapping[str, str] = _NO_FIELDS) -> Mapping[str, Any]:
     """The fields of a row by our names, those that its format needs being there.
 
@@ -167,7 +175,8 @@ def read_fields(row: RawRow, format: str, field_map: Mapping[str, str] = _NO_FIE
         missing = FORMATS[format].needs[0] - fields.keys()
         mapped = [f"{name} (the row's {field_map[name]})" for name in missing if name in field_map]
         lacks = ", ".join(mapped) or list_names(missing)
-        problem = f"has the fields {list_names(row.fields)} and no {lacks}, which the format {format} needs"
+        has = f"has the fields {list_names(row.fields)} and" if row.fields else "has"
+        problem = f"{has} no {lacks}, which the format {format} needs"
         refuse("wrong_format", row.origin, problem)
     if len(fields) > 1:
         _refuse_pairs(fields, row.origin)
@@ -258,6 +267,8 @@ def _is_rendering(fields: Mapping[str, Any], format: str) -> bool:
 
 
 def _refuse_pairs(fields: Mapping[str, Any], origin: Origin) -> None:
+    if fields.get("label") is False:
+        refuse("preference_pair", origin, "has the label false: it shows how not to answer", "Remove the row")
     if _WORSE_ANSWERS.isdisjoint(fields):  # of most rows, and quick
         return
     for shape, reason, problem, mend in _KNOWN_SHAPES:

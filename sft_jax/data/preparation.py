@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 
 from sft_jax.config_schema import DataConfig, SourceConfig
-from sft_jax.data.conversations import ignored_fields, parse_row
+from sft_jax.data.conversations import check_detected, ignored_fields, parse_row
 from sft_jax.data.errors import RowError
 from sft_jax.data.part_files import Part, Span, write_part
 from sft_jax.data.rendering import Renderer
@@ -114,6 +114,8 @@ def _tokenize_row(
     """Raises RowError: why the row cannot be trained on. `kept` counts the turns that a policy let pass."""
     if isinstance(row, BadRow):
         raise RowError(row.reason, row.origin, row.message)
+    if source.format == "auto":
+        check_detected(row, format, source.fields)
     parsed = parse_row(row, format, data.role_map, source.fields, data.kept_reasons, kept)
     return fit_examples(
         parsed, renderer, data.max_seq_len, data.too_long, supervise=data.supervise, averaging=data.averaging

@@ -1,6 +1,7 @@
 """Ids and loss weights as a person reads them: decoded text, coloured by weight, with origins."""
 
 import itertools
+import re
 from collections.abc import Iterator
 from typing import NamedTuple
 
@@ -67,8 +68,17 @@ def preview_tokens(ids: np.ndarray, weights: np.ndarray, origin: Origin, tokeniz
     text = Text().append(head, "cyan")
     for start, stop in runs_of(weights):
         style = CONTEXT if weights[start] == 0 else SUPERVISED if weights[start] == 1 else PARTLY
-        text.append(_decode(ids, start, stop, tokenizer), style)
+        text.append(show_controls(_decode(ids, start, stop, tokenizer)), style)
     return text
+
+
+# A terminal obeys the first, and shows what stands behind the second in another order.
+_CONTROLS = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u061c\u200e\u200f\u202a-\u202e\u2066-\u2069]")
+
+
+def show_controls(text: str) -> str:
+    """Text for a terminal: control characters but newline and tab are spelt, as in `\\x1b`."""
+    return _CONTROLS.sub(lambda found: ascii(found[0])[1:-1], text)
 
 
 def glyphs_of(ids: np.ndarray, start: int, stop: int, tokenizer: Tokenizer) -> Iterator[Glyphs]:

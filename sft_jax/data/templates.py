@@ -9,6 +9,7 @@ enable_thinking = false %}...`): what was trained is what serves.
 import difflib
 import functools
 import json
+import math
 import re
 from collections.abc import Mapping, Sequence
 from datetime import datetime
@@ -307,10 +308,12 @@ def _literal(name: str, value: Any) -> str:
     match value:
         case None:
             return "none"
+        case float() if not math.isfinite(value):
+            pass
         case bool() | int() | float() | str():
-            return json.dumps(value)
+            return json.dumps(value, ensure_ascii=False)
         case list() | tuple():
             return f"[{', '.join(_literal(name, item) for item in value)}]"
         case dict():
-            return f"{{{', '.join(f'{json.dumps(k)}: {_literal(name, v)}' for k, v in value.items())}}}"
+            return f"{{{', '.join(f'{_literal(name, k)}: {_literal(name, v)}' for k, v in value.items())}}}"
     raise ConfigError(f"config.data.chat_template_kwargs.{name}: is {value!r}; expected what JSON can hold.")

@@ -70,8 +70,8 @@ class FitResult(NamedTuple):
 class OverLongError(RowError):
     """A row that no policy makes fit, and what is lost with it."""
 
-    def __init__(self, reason: str, origin: Origin, message: str, lost: Lost):
-        super().__init__(reason, origin, message)
+    def __init__(self, origin: Origin, message: str, lost: Lost):
+        super().__init__("too_long", origin, message)
         self.lost = lost
 
 
@@ -93,7 +93,7 @@ def fit_examples(
       averaging: `config.data.averaging`; with `example`, an example that is cut keeps the sum of its weights.
 
     Raises:
-      OverLongError: `too_long`, nothing of the row fits; `nothing_supervised`, no answer's token is left by `truncate`.
+      OverLongError: `too_long`, nothing of the row fits, or no answer's token is left by `truncate`.
       RowError: whatever the renderer finds; `nothing_supervised`, there was none to begin with.
     """
     rendered, counts = renderer.render_row(row)
@@ -138,15 +138,14 @@ def _refuse(origin: Origin, rendered: Sequence[RenderedExample], max_seq_len: in
     what = f"is {max(len(one.example) for one in rendered):,} tokens long; config.data.max_seq_len is {max_seq_len:,}"
     if policy == "error":
         remedy = "Raise it, shorten the row, or set config.data.too_long = 'drop'."
-        return OverLongError("too_long", origin, f"{what}. {remedy}", lost)
+        return OverLongError(origin, f"{what}. {remedy}", lost)
     if policy == "truncate":
         what = f"{what}, and no token to train on comes before that"
-        return OverLongError("nothing_supervised", origin, f"{what}. Raise it, or shorten the row.", lost)
-    if policy != "drop":
+    elif policy != "drop":
         what = (
             f"{what}, for which {'its last exchange' if policy == 'drop_early_turns' else 'each exchange'} is too long"
         )
-    return OverLongError("too_long", origin, f"{what}. Raise it, or shorten the row.", lost)
+    return OverLongError(origin, f"{what}. Raise it, or shorten the row.", lost)
 
 
 # --- Cutting ids ------------------------------------------------------------------------------------------------------

@@ -9,7 +9,6 @@ import json
 import os
 import pickle
 import queue
-import signal
 import subprocess
 import sys
 import threading
@@ -22,7 +21,10 @@ from typing import Any, BinaryIO
 from sft_jax.data.preparation import Recipe, Task, make_part
 from sft_jax.datatypes import DataError, SftError
 
-_BOOT = "import sys, json; sys.path[:] = json.loads(sys.argv[1]); from sft_jax.data.workers import work; work()"
+_BOOT = (
+    "import signal; [signal.signal(s, signal.SIG_IGN) for s in (signal.SIGINT, signal.SIGTERM)]; import sys, json; "
+    "sys.path[:] = json.loads(sys.argv[1]); from sft_jax.data.workers import work; work()"
+)
 
 
 @contextmanager
@@ -121,8 +123,6 @@ def _ask(process: subprocess.Popen, question: bytes) -> Exception | None:
 
 def work() -> None:
     """A recipe and then tasks from stdin; after each, None or what it raised to stdout. Never returns."""
-    for number in (signal.SIGTERM, signal.SIGINT):
-        signal.signal(number, signal.SIG_IGN)
     answers = os.fdopen(os.dup(1), "wb")
     os.dup2(2, 1)  # what libraries print goes elsewhere
     tasks: queue.SimpleQueue[Any] = queue.SimpleQueue()

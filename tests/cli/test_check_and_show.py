@@ -79,6 +79,29 @@ def test_check_tells_of_examples_that_are_held_out_and_of_files_that_are_not_rea
     assert source["files_not_read"]["of a kind that is not read"] == {"count": 1, "first": ["rows/notes.md"]}
 
 
+def test_check_refuses_what_a_resume_would(capsys, monkeypatch, tmp_path):
+    call(capsys, "check")
+
+    class Checkpoints:
+        """Of a run on other data."""
+
+        def __init__(self, folder, keep_latest):
+            assert folder.name == "checkpoints"
+
+        def latest_step(self):
+            return 3
+
+        def read_meta(self, step):
+            return {"data": {"config.data.max_seq_len": 32}}
+
+    (tmp_path / "run/checkpoints").mkdir()
+    monkeypatch.setattr("sft_jax.cli.check.CheckpointManager", Checkpoints)
+    error = call(capsys, "check", status=2)
+    assert "run has a checkpoint of step 3" in error
+    assert "config.data.max_seq_len: 32 -> 64" in error
+    call(capsys, "check", "--config.run.override_fingerprint=true")
+
+
 def test_check_leaves_a_started_run_its_own_report(capsys, tmp_path):
     call(capsys, "check")
     report = tmp_path / "run" / "data_report.json"

@@ -193,3 +193,11 @@ def test_a_run_starts_from_a_converted_folder(capsys):
         safetensors.numpy.load_file(f"{run}/export/model.safetensors") for run in ("from-orbax", "run")
     )
     assert {n: v.tobytes() for n, v in trained.items()} == {n: v.tobytes() for n, v in expected.items()}
+
+
+def test_an_interrupt_is_one_line(capsys):
+    def interrupt(args):
+        raise KeyboardInterrupt
+
+    assert run_command(interrupt, []) == 130
+    assert capsys.readouterr().err == "interrupted: the same command goes on from what is finished\n"

@@ -84,6 +84,14 @@ def test_the_first_format_is_held_against_every_row(capsys):
     assert objects(capsys, rows, *CHATML, "--format=messages", status=3)[0]["refused"] == "wrong_format"
 
 
+def test_a_row_that_may_be_read_in_two_ways_is_refused_wherever_it_stands(capsys):
+    plain, two_ways = chat("Hi", "Yes."), chat("Hi", "Yes.") | {"prompt": "Hi", "completion": "No."}
+    for rows in ([two_ways, plain], [plain, two_ways]):
+        found = objects(capsys, rows, *CHATML, status=3)
+        assert [result.get("refused") for result in found] == ["wrong_format" if r is two_ways else None for r in rows]
+    assert "ids" in objects(capsys, [two_ways], *CHATML, "--format=messages")[0]
+
+
 def test_a_row_with_nothing_to_train_on_is_refused_as_a_run_would(capsys, monkeypatch):
     def render(renderer, row):
         return [dataclasses.replace(one, loss_weights=one.loss_weights * 0) for one in original(renderer, row)]

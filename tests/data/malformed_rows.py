@@ -211,6 +211,7 @@ MALFORMED = {
     ],
     "unsupported_field": [
         chat(U, A, weight=0),
+        chat(U, A, train=False),
         chat(U, A, chat_template=SECRET),
         row(prompt=SECRET, completion=SECRET, history=[[SECRET, SECRET]]),
         row(text=SECRET, tools=[{"name": "f"}]),
@@ -227,7 +228,11 @@ MALFORMED = {
         chat(U, A, prompt=SECRET),
         chat(U, A, conversations=[]),
     ],
-    "preference_pair": [row(prompt=SECRET, chosen=SECRET, rejected=SECRET), chat(U, A, chosen=SECRET, rejected=SECRET)],
+    "preference_pair": [
+        row(prompt=SECRET, chosen=SECRET, rejected=SECRET),
+        chat(U, A, chosen=SECRET, rejected=SECRET),
+        row(prompt=SECRET, completion=SECRET, label=False),
+    ],
     "conversation_tree": [row(message_tree_id=SECRET, prompt={"text": SECRET, "replies": []})],
 }
 OF_OTHER_ROOMS = {"template_leaves_out", "malformed_json", "not_utf8", "duplicate_key", "not_an_object"}

@@ -107,6 +107,12 @@ def test_the_terminal_is_coloured_by_weight(tokenizer):
         assert styles[shown] == {0.0: "dim", 1.0: "bold green"}.get(float(weights[start]), "yellow")
 
 
+def test_no_text_moves_the_terminal(tokenizer):
+    example = encode(tokenizer, "a\x1b[2K\x07\r\u202eb\n\tc", 1)
+    text = preview_row(assemble_row([example], np.array([0]), len(example)), tokenizer).plain
+    assert "a\\x1b[2K\\x07\\r\\u202eb\n\tc" in text
+
+
 # --- The page ---------------------------------------------------------------------------------------------------------
 
 
