@@ -18,7 +18,7 @@ from sft_jax.config import default_config
 def get_config():
     config = default_config()
     config.run.dir = "run"
-    config.run.compilation_cache = "cache"
+    config.run.compilation_cache = ""
     config.model.path = "base"
     config.model.compute_dtype = "float32"
     config.lora.rank = 4

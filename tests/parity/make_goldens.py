@@ -79,7 +79,7 @@ FAMILIES = {
         rope_scaling={"rope_type": "yarn", "factor": 8.0, "truncate": False, "original_max_position_embeddings": 8},
     ),
     "deepseek_v3": dict(
-        num_key_value_heads=4, q_lora_rank=9, kv_lora_rank=6, qk_nope_head_dim=3, qk_rope_head_dim=4, v_head_dim=2,
+        num_key_value_heads=4, q_lora_rank=10, kv_lora_rank=6, qk_nope_head_dim=3, qk_rope_head_dim=4, v_head_dim=2,
         n_routed_experts=8, n_group=4, topk_group=2, num_experts_per_tok=3, moe_intermediate_size=4, n_shared_experts=2,
         first_k_dense_replace=1,
         rope_scaling={
