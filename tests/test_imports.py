@@ -17,6 +17,7 @@ FLOORS = [
     {"checkpoint"},
     {"training", "inference"},
     {"testbed"},
+    {"placed_model"},
     {"experiment", "provenance"},
     {"main"},
     {"cli"},

@@ -23,8 +23,9 @@ from sft_jax.model import quantized
 from sft_jax.model.adapter_use import fold_in_path
 from sft_jax.model.families import TransformerConfig
 from sft_jax.model.linear import ADAPTERS, STORED, column_lengths, merge_kernel, read_kernel
+from sft_jax.model.param_dims import logical_dims
 from sft_jax.model.router import dtype_among
-from sft_jax.model.transformer import Params, linears, logical_dims
+from sft_jax.model.transformer import Params, linears
 from sft_jax.typing import Array, Key
 
 ALL_LINEAR = "all-linear"  # as PEFT has it

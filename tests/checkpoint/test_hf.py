@@ -25,7 +25,8 @@ from sft_jax.config_schema import MeshConfig
 from sft_jax.data.tokenizer import Tokenizer, load_tokenizer
 from sft_jax.datatypes import ConfigError, StorageError
 from sft_jax.model.families import with_num_layers
-from sft_jax.model.transformer import abstract_params, forward, logical_dims, output_head
+from sft_jax.model.param_dims import logical_dims
+from sft_jax.model.transformer import abstract_params, forward, output_head
 from sft_jax.sharding import build_mesh, shardings_for
 
 

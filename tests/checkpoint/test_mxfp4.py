@@ -11,7 +11,8 @@ from sft_jax.checkpoint import mxfp4
 from sft_jax.checkpoint.hf import load_pretrained, read_config
 from sft_jax.config_schema import MeshConfig
 from sft_jax.datatypes import StorageError
-from sft_jax.model.transformer import abstract_params, forward, logical_dims, output_head
+from sft_jax.model.param_dims import logical_dims
+from sft_jax.model.transformer import abstract_params, forward, output_head
 from sft_jax.sharding import build_mesh, shardings_for
 
 FLOAT32, BFLOAT16 = np.dtype(np.float32), np.dtype(ml_dtypes.bfloat16)

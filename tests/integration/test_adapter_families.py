@@ -9,9 +9,9 @@ import pytest
 
 from sft_jax.checkpoint.hf import read_config
 from sft_jax.config_schema import Config, LoraConfig, MeshConfig, ModelConfig
-from sft_jax.experiment import ModelOnMesh
 from sft_jax.model.adapter_use import AdapterUse
 from sft_jax.model.transformer import forward
+from sft_jax.placed_model import ModelOnMesh
 from sft_jax.sharding import build_mesh
 
 GOLDENS = sorted((Path(__file__).parents[1] / "parity" / "goldens").iterdir())

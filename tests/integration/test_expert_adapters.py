@@ -16,13 +16,13 @@ from sft_jax.config_schema import (
     ScheduleConfig,
 )
 from sft_jax.datatypes import ConfigError
-from sft_jax.experiment import ModelOnMesh, choose_modules
 from sft_jax.model import quantized
 from sft_jax.model.adapter_use import AdapterUse
 from sft_jax.model.families import LayerConfig, TransformerConfig, same_layers
 from sft_jax.model.moe_config import MoeConfig
 from sft_jax.model.rope import RopeConfig
 from sft_jax.model.transformer import forward
+from sft_jax.placed_model import ModelOnMesh, choose_modules
 from sft_jax.sharding import Batch, build_mesh, spec_for
 from sft_jax.training.optimizer import build_schedule
 from sft_jax.training.state import init_state

@@ -9,10 +9,11 @@ import jax.numpy as jnp
 import pytest
 
 from sft_jax.command_line import read_config
-from sft_jax.experiment import ModelOnMesh
 from sft_jax.model.families import num_params
+from sft_jax.model.param_dims import LOGICAL_DIMS
 from sft_jax.model.presets import preset_config
-from sft_jax.model.transformer import LOGICAL_DIMS, abstract_params
+from sft_jax.model.transformer import abstract_params
+from sft_jax.placed_model import ModelOnMesh
 from sft_jax.sharding import abstract_batch, build_abstract_mesh, check_batch_divides
 from sft_jax.training.optimizer import build_schedule
 from sft_jax.training.step import make_train_step

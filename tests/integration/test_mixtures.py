@@ -8,7 +8,7 @@ import pytest
 
 from sft_jax.checkpoint.hf import read_config
 from sft_jax.config_schema import Config, LoraConfig, MeshConfig, ModelConfig
-from sft_jax.experiment import ModelOnMesh
+from sft_jax.placed_model import ModelOnMesh
 from sft_jax.sharding import build_mesh
 
 GOLDENS = Path(__file__).parents[1] / "parity" / "goldens"

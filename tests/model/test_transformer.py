@@ -15,6 +15,7 @@ from sft_jax.model.attention import Rows, Scores, attend
 from sft_jax.model.families import LayerConfig, TransformerConfig, group_layers, num_params, same_layers
 from sft_jax.model.latent_config import LatentConfig
 from sft_jax.model.moe_config import MoeConfig
+from sft_jax.model.param_dims import logical_dims
 from sft_jax.model.presets import PRESETS
 from sft_jax.model.rope import LinearScaling, Llama3Scaling, RopeConfig, rope_for, rotate
 from sft_jax.model.router import TokenWeights, dtype_among
@@ -24,7 +25,6 @@ from sft_jax.model.transformer import (
     decode,
     empty_cache,
     init_params,
-    logical_dims,
     output_head,
 )
 from sft_jax.sharding import build_mesh, shardings_for

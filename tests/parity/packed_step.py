@@ -12,7 +12,7 @@ from sft_jax.checkpoint.hf_names import hf_tensors, tensor_rules
 from sft_jax.config_schema import BatchConfig, Config, LossConfig, MeshConfig, ModelConfig, OptimizerConfig
 from sft_jax.datatypes import HostBatch
 from sft_jax.model.families import TransformerConfig
-from sft_jax.model.transformer import logical_dims
+from sft_jax.model.param_dims import logical_dims
 from sft_jax.sharding import build_mesh, place_batch, shardings_for
 from sft_jax.training.optimizer import build_optimizer
 from sft_jax.training.state import init_state

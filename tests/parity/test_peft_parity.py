@@ -14,9 +14,9 @@ from safetensors.numpy import load_file
 from sft_jax.checkpoint.hf import read_config
 from sft_jax.checkpoint.peft import export_adapter
 from sft_jax.config_schema import Config, LoraConfig, MeshConfig, ModelConfig
-from sft_jax.experiment import ModelOnMesh
 from sft_jax.model.adapter_use import AdapterUse
 from sft_jax.model.transformer import Params, forward, output_head
+from sft_jax.placed_model import ModelOnMesh
 from sft_jax.sharding import build_mesh
 
 torch = pytest.importorskip("torch", reason="torch is not installed here; make test-parity installs it")

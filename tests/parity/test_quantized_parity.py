@@ -11,10 +11,10 @@ import pytest
 from sft_jax.checkpoint.hf import read_config
 from sft_jax.checkpoint.hf_names import tensor_rules
 from sft_jax.config_schema import Config, LoraConfig, MeshConfig, ModelConfig
-from sft_jax.experiment import ModelOnMesh
 from sft_jax.model import quantized
 from sft_jax.model.adapter_use import AdapterUse
 from sft_jax.model.transformer import forward, output_head
+from sft_jax.placed_model import ModelOnMesh
 from sft_jax.sharding import build_mesh
 
 torch = pytest.importorskip("torch", reason="torch is not installed here; make test-parity installs it")

@@ -18,8 +18,9 @@ from sft_jax.config_schema import (
     ScheduleConfig,
 )
 from sft_jax.model.families import LayerConfig, TransformerConfig, same_layers
+from sft_jax.model.param_dims import logical_dims
 from sft_jax.model.rope import RopeConfig
-from sft_jax.model.transformer import abstract_params, logical_dims
+from sft_jax.model.transformer import abstract_params
 from sft_jax.sharding import Batch, build_mesh, shardings_for, spec_for
 from sft_jax.training.optimizer import build_optimizer, build_schedule
 from sft_jax.training.state import abstract_state, init_state, split_params
