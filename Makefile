@@ -15,11 +15,12 @@ test: .venv/ready
 	$(BIN)/mypy
 	$(BIN)/python -m pytest -q -m "not slow and not parity"
 
-test-slow: .venv/ready
-	$(BIN)/python -m pytest -q -m slow
+test-slow: .venv/ready .venv-parity/ready
+	$(BIN)/python -m pytest -q -m "slow and not parity"
+	$(PARITY)/python -m pytest -q -m "slow and parity"
 
 test-parity: .venv-parity/ready
-	$(PARITY)/python -m pytest -q -m parity
+	$(PARITY)/python -m pytest -q -m "parity and not slow"
 
 format: .venv/ready
 	$(BIN)/ruff check --fix .
