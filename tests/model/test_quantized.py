@@ -1,6 +1,5 @@
 """Codes and scales: each code is the nearest, and the bytes are as few as promised."""
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -57,14 +56,6 @@ def test_blocks_fill_the_dim(length, block):
 def test_a_dim_that_no_even_block_fills_is_refused(length):
     with pytest.raises(ConfigError, match=f"layers.mlp.up sums over {length} values"):
         quantized.block_size(length, "layers.mlp.up")
-
-
-def test_kernels_of_experts_are_not_left_wide_in_silence():
-    base = {"layers.0.0.mlp.experts.up.kernel": jax.ShapeDtypeStruct((2, 4, 64, 128), jnp.float32)}
-    with pytest.raises(
-        ConfigError, match=r"config\.lora\.quantize: layers\.0\.0\.mlp\.experts\.up\.kernel has no quantized"
-    ):
-        lay_out(base, {}, (), (), LoraConfig(rank=1, quantize="nf4"), "bfloat16")
 
 
 @pytest.mark.parametrize(("form", "bound"), [("int8", 1.1), ("int4", 0.6), ("nf4", 0.6)])

@@ -1,9 +1,9 @@
-"""Weights of every family go through an Orbax item and come out bit for bit; from shards, in bfloat16."""
+"""Weights of every family go through an Orbax item and come out bit for bit; from shards, in bfloat16 but for
+what a family keeps in float32."""
 
 import json
 from pathlib import Path
 
-import ml_dtypes
 import numpy as np
 import pytest
 import safetensors.numpy
@@ -14,6 +14,7 @@ from sft_jax.checkpoint.hf_export import export_pretrained
 from sft_jax.checkpoint.hf_names import hf_tensors
 from sft_jax.cli.convert import main as convert
 from sft_jax.data.tokenizer import Tokenizer, load_tokenizer
+from sft_jax.model.router import dtype_among
 from sft_jax.testbed.make import BASE_MODEL
 
 
@@ -29,7 +30,7 @@ def write_shards(folder: Path, fields: dict) -> dict[str, np.ndarray]:
     config, _ = read_config(folder)
     rng = np.random.default_rng(0)
     tensors = {
-        name: rng.normal(size=parts[0].hf_shape(config)).astype(ml_dtypes.bfloat16)
+        name: rng.normal(size=parts[0].hf_shape(config)).astype(dtype_among(parts[0].path, "bfloat16"))
         for name, parts, _ in hf_tensors(config)
     }
     weight_map = {}
