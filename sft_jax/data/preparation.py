@@ -114,7 +114,7 @@ def _tokenize_row(
     """Raises RowError: why the row cannot be trained on. `kept` counts the turns that a policy let pass."""
     if isinstance(row, BadRow):
         raise RowError(row.reason, row.origin, row.message)
-    if source.format == "auto":
+    if source.format == "auto" and format != "auto":
         check_detected(row, format, source.fields)
     parsed = parse_row(row, format, data.role_map, source.fields, data.kept_reasons, kept)
     return fit_examples(
