@@ -15,7 +15,7 @@ from sft_jax.data.sentencepiece_words import Words, open_words
 
 USER_DEFINED = ["▁▁▁▁", "▁▁", "\n\n", "\t\t", "--"]
 ATOMS = [
-    *" ▁\n\t.,-<>0é中😀\r\0\u200b",
+    *" ▁\n\t.,!-<>0é中😀\r\0\u200b",
     "  ",
     "\n\n",
     "clips",
@@ -48,6 +48,7 @@ BOTH = {
     "plain": open_both(parse(train_sentencepiece())),
     "user_defined": open_both(parse(train_sentencepiece(user_defined_symbols=USER_DEFINED))),
     "digits_alone": open_both(parse(train_sentencepiece(split_digits=True, user_defined_symbols=["$"]))),
+    "joins_marks": open_both(parse(train_sentencepiece(user_defined_symbols=["s.", "▁!", "é,"]))),
     "joins_newlines": open_both(parse(train_sentencepiece(user_defined_symbols=["\nclips", "▁\n"]))),
 }
 
@@ -76,6 +77,15 @@ def test_digits_are_cut_off_where_no_piece_joins_them(name: str) -> None:
     words.clear()
     words.encode("sold 48 clips")
     assert ("4" in words) == (name == "digits_alone")
+
+
+@pytest.mark.parametrize("name", ["plain", "joins_marks"])
+def test_marks_are_cut_off_where_no_piece_joins_them(name: str) -> None:
+    words, whole = BOTH[name]
+    for text, is_joined in (("clips.", True), (" clips,", False), ("é,", True)):
+        words.clear()
+        assert words.encode(text).tolist() == whole.encode(text)
+        assert (text[:-1] in words) == (name == "plain" or not is_joined)
 
 
 def test_a_joined_newline_would_be_lost_by_a_cut() -> None:
