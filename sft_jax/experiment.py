@@ -20,7 +20,7 @@ from sft_jax.datatypes import ConfigError
 from sft_jax.model.families import TransformerConfig
 from sft_jax.model.presets import preset_config
 from sft_jax.model.transformer import Params
-from sft_jax.placed_model import ModelOnMesh
+from sft_jax.placed_model import BASE_WEIGHTS, ModelOnMesh
 from sft_jax.sharding import (
     Batch,
     build_abstract_mesh,
@@ -125,6 +125,7 @@ def open_sources_of_step(
     where it was frozen; of a kernel with an adapter, in both. Neither a mesh nor memory for the model is needed. Frozen
     random parameters are made again."""
     model = open_model_config(config, renderer)
+    check_base(config, model, manager, step)
     placed = ModelOnMesh(config, model, build_abstract_mesh(MeshConfig(fsdp=1), 1))
     if placed.leaves[1] and not config.model.path:
         on_mesh = place_model(config, renderer)
@@ -169,6 +170,17 @@ def open_start(placed: ModelOnMesh, manager: CheckpointManager, data: PackedData
         overrides += ({"step": latest, "changes": in_data},)
     restored, meta = manager.restore(latest, vars(placed.abstract_state))
     return Start(TrainState(**restored), placed.open_frozen(), EarlyStopping.from_json(meta["stopping"]), overrides)
+
+
+def check_base(config: Config, model: TransformerConfig, manager: CheckpointManager, step: int) -> None:
+    """Raises ConfigError where the weights in `config.model.path` are not those that a run's frozen ones came from."""
+    placed = ModelOnMesh(config, model, build_abstract_mesh(MeshConfig(fsdp=1), 1))
+    trained_on = manager.read_meta(step)["model"].get(BASE_WEIGHTS)
+    if trained_on and trained_on != placed.identity.get(BASE_WEIGHTS):
+        raise ConfigError(
+            f"config.model.path: {config.model.path} has not the weights that {config.run.dir} was trained on, and "
+            "what it learned means nothing on others. Restore them."
+        )
 
 
 def refuse_changes(

@@ -42,6 +42,8 @@ from sft_jax.training.optimizer import build_optimizer
 from sft_jax.training.state import TrainState, abstract_state, split_params
 from sft_jax.typing import Array
 
+BASE_WEIGHTS = "weights in config.model.path"
+
 
 @dataclasses.dataclass(frozen=True)
 class ModelOnMesh:
@@ -107,7 +109,7 @@ class ModelOnMesh:
         }
         if self.leaves[1]:
             identity["config.model.frozen_dtype"] = section.frozen_dtype
-            identity["weights in config.model.path"] = digest_weights(section.path) if section.path else ""
+            identity[BASE_WEIGHTS] = digest_weights(section.path) if section.path else ""
         if lora.rank:
             options = dataclasses.asdict(lora)
             kept = ("rank", "alpha", "use_rslora", "use_dora", "targets", "modules_to_save", "quantize")

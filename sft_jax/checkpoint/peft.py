@@ -29,7 +29,7 @@ from sft_jax.checkpoint.safetensors_io import SINGLE_FILE, TensorInfo, read_head
 from sft_jax.checkpoint.safetensors_writer import TensorSpec, write_tensors
 from sft_jax.config_schema import LoraConfig
 from sft_jax.datatypes import ConfigError, StorageError
-from sft_jax.model.families import TransformerConfig
+from sft_jax.model.families import TransformerConfig, find_moe
 from sft_jax.model.transformer import Params
 from sft_jax.typing import Array
 
@@ -48,10 +48,12 @@ _ONLY_VALUES: dict[str, tuple[Any, ...]] = {
     "peft_type": ("LORA",),
     "bias": ("none", None),
     "fan_in_fan_out": (False, None),
+    "init_lora_weights": (True, False, None, "gaussian", "orthogonal"),  # others change the base when they are loaded
     **{
         name: (None, False, {}, [])
         for name in ("lora_bias", "layer_replication", "trainable_token_indices",
-                     "target_parameters", "alora_invocation_tokens", "arrow_config", "use_qalora", "use_bdlora")
+                     "target_parameters", "alora_invocation_tokens", "arrow_config", "use_qalora", "use_bdlora",
+                     "velora_config", "kasa_config", "monteclora_config")
     },
 }  # fmt: skip
 
@@ -95,8 +97,9 @@ def adapter_tensors(config: TransformerConfig, shapes: Mapping[str, tuple[int, .
     the diagonal of lora_B.
 
     Raises:
-      ConfigError: only some parts of a fused tensor train, or experts have adapters.
+      ConfigError: only some parts of a fused tensor train, or MLPs beside or of experts have adapters.
     """
+    has_experts = find_moe(config) is not None
     for hf_name, rules, place in hf_tensors(config):
         outs_ins = rules[0].hf_shape(config)
         if _all_or_none(rules, [rule.path in shapes for rule in rules]):
@@ -104,10 +107,11 @@ def adapter_tensors(config: TransformerConfig, shapes: Mapping[str, tuple[int, .
             if rules[0] is EMBEDDING and config.tie_embeddings:  # PEFT copies what it saves, which unties the two
                 yield AdapterTensor(_PREFIX + HEAD.hf_name, rules, "whole", place, outs_ins)
         if _all_or_none(rules, [f"{_module(rule)}.lora_a" in shapes for rule in rules]):
-            if ".experts." in rules[0].path:
+            if has_experts and ".mlp." in rules[0].path:  # PEFT takes the names of others for those of experts
                 raise ConfigError(
-                    f"config.lora: {hf_name} is of experts, whose adapters have no form that PEFT loads: transformers "
-                    "holds the experts of a layer in one tensor. Export the merged model."
+                    f"config.lora: {hf_name} is of a model with experts, in which adapters of the MLPs have no form "
+                    "that PEFT loads: transformers holds the experts of a layer in one tensor. Export the merged model, or "
+                    "choose targets in attention alone."
                 )
             rank = sum(shapes[f"{_module(rule)}.lora_a"][-1] for rule in rules)
             named = {"lora_a": (rank, outs_ins[1]), "lora_b": (outs_ins[0], rank), "magnitude": outs_ins[:1]}

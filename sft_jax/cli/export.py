@@ -13,7 +13,7 @@ from sft_jax.checkpoint.peft import export_adapter
 from sft_jax.command_line import run_command
 from sft_jax.config import from_config_dict
 from sft_jax.datatypes import ConfigError, StorageError
-from sft_jax.experiment import open_renderer, open_sources_of_step, place_model
+from sft_jax.experiment import check_base, open_renderer, open_sources_of_step, place_model
 
 
 def main(args: list[str]) -> int:
@@ -47,6 +47,7 @@ def main(args: list[str]) -> int:
     dtype = options.dtype or config.model.param_dtype
     if options.adapter:
         placed = place_model(config, renderer)
+        check_base(config, placed.model, manager, step)
         trained = manager.restore_params(step, placed.abstract_state.params)
         export_adapter(options.to, trained, placed.model, config.lora, config.model.path, dtype)
         print(f"adapter of step {step} exported to {options.to}")

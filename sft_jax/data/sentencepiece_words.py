@@ -5,9 +5,9 @@ merge crosses the border before a run of spaces, so the ids of a text are those 
 
     "the cat sat"  ->  "the" | " cat" | " sat"
 
-Newlines and digits are borders too, where no piece joins them to anything, and so is a mark at the end of a word, where no
-piece joins it to what is before it. The ids are those of the whole text, or the model is not cut (`open_words`).
-GSM8K takes two thirds of the time so, and a quarter once its words are known.
+Newlines and digits are borders too, where no piece joins them to anything, and so is a mark at the end of a word, where
+no piece joins it to what is before it. The ids are those of the whole text, or the model is not cut (`open_words`).
+GSM8K takes half of the time so, and a quarter once its words are known.
 """
 
 import re

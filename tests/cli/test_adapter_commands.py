@@ -135,6 +135,31 @@ def test_export_gives_the_adapter_or_the_merged_model(folder, capsys):
     assert call(capsys, "generate", "--model=merged", "--prompt=Where?", "--max-new-tokens=3")[0] == 0
 
 
+@pytest.mark.parametrize("part", ["--merge", "--adapter"])
+def test_export_refuses_another_base(folder, capsys, part):
+    tensors = load_file("base/model.safetensors")
+    try:
+        changed = tensors | {"model.norm.weight": tensors["model.norm.weight"] * 1.01}
+        save_file(changed, "base/model.safetensors", {"format": "pt"})
+        status, _, err = call(capsys, "export", "--run=run", "--to=wrong", part)
+    finally:
+        save_file(tensors, "base/model.safetensors", {"format": "pt"})
+    assert status == 2
+    assert "config.model.path: base has not the weights that run was trained on" in err
+    assert not (folder / "wrong").exists()
+
+
+@pytest.mark.parametrize(("key", "value"), [("init_lora_weights", "pissa"), ("kasa_config", {"beta": 1})])
+def test_adapters_that_change_the_base_are_refused(folder, capsys, key, value):
+    shutil.copytree("run/adapter", f"with_{key}")
+    path = folder / f"with_{key}" / "adapter_config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {key: value}))
+    more = ["--config.run.dir=no", f"--config.lora.init_from=with_{key}"]
+    status, _, err = call(capsys, "train", "--config=config.py", *more)
+    assert status == 2
+    assert f"{key} is {value!r}; only" in err
+
+
 def test_a_run_goes_on_from_a_folder(folder, capsys):
     more = ["--config.run.dir=third", "--config.lora.init_from=run/adapter", "--config.schedule.num_steps=1"]
     status, _, err = call(capsys, "train", "--config=config.py", *more)

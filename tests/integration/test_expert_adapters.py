@@ -1,5 +1,7 @@
 """Adapters of experts, in float64: no effect at the start, the merged model's numbers, no mesh in the result."""
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -126,8 +128,14 @@ def test_quantized_experts_multiply_as_their_decoded_kernels(form):
 
 def test_peft_has_no_form_for_them():
     shapes = {path: leaf.shape for path, leaf in place().leaves[0].items()}
-    with pytest.raises(ConfigError, match=r"mlp\.experts\.0\.gate_proj.* is of experts"):
+    with pytest.raises(ConfigError, match=r"mlp\.experts\.0\.gate_proj.* is of a model with experts"):
         list(adapter_tensors(MODEL, shapes))
+    dense = same_layers(1, dataclasses.replace(MODEL.layers[0].pattern[0], moe=None))
+    mixed = dataclasses.replace(MODEL, layers=(*dense, *MODEL.layers))
+    with pytest.raises(ConfigError, match=r"layers\.0\.mlp\.gate_proj.* is of a model with experts"):
+        list(adapter_tensors(mixed, {f"layers.0.0.mlp.gate.{name}": (1, 4, 4) for name in ("lora_a", "lora_b")}))
+    attention = {path: leaf.shape for path, leaf in place(targets=("q_proj",)).leaves[0].items()}
+    assert len(list(adapter_tensors(MODEL, attention))) == 4
 
 
 @pytest.mark.parametrize("option", [{"use_dora": True}, {"dropout": 0.1}])
