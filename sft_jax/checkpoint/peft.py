@@ -110,8 +110,8 @@ def adapter_tensors(config: TransformerConfig, shapes: Mapping[str, tuple[int, .
             if has_experts and ".mlp." in rules[0].path:  # PEFT takes the names of others for those of experts
                 raise ConfigError(
                     f"config.lora: {hf_name} is of a model with experts, in which adapters of the MLPs have no form "
-                    "that PEFT loads: transformers holds the experts of a layer in one tensor. Export the merged model, "
-                    "or choose targets in attention alone."
+                    "that PEFT loads: transformers holds the experts of a layer in one tensor. Export the merged "
+                    "model, or choose targets in attention alone."
                 )
             rank = sum(shapes[f"{_module(rule)}.lora_a"][-1] for rule in rules)
             named = {"lora_a": (rank, outs_ins[1]), "lora_b": (outs_ins[0], rank), "magnitude": outs_ins[:1]}
