@@ -5,6 +5,7 @@ from typing import Any
 from sft_jax.datatypes import ConfigError
 
 REQUIRED: Any = object()
+_LARGEST = 2**63 - 1
 
 
 class Fields:
@@ -45,6 +46,8 @@ class Fields:
             if default is REQUIRED:
                 raise ConfigError(f"{self.where}: has no {name}. The model cannot be built without it.")
             return default
+        if type(value) is int and abs(value) > _LARGEST:
+            raise ConfigError(f"{self.where}: {name} has more digits than any model needs. Correct it.")
         if kind is float and type(value) is int:
             value = float(value)
         if type(value) is not kind:  # not isinstance: True is an int

@@ -11,6 +11,7 @@ of `tensor` some of their hidden dims. A device puts copies for experts elsewher
 where nothing multiplies them; one sum over both axes joins the parts.
 """
 
+from collections.abc import Callable
 from functools import partial
 from typing import Any
 
@@ -21,6 +22,8 @@ from jax.sharding import AbstractMesh, Mesh
 from jax.sharding import PartitionSpec as P
 from jax.typing import DTypeLike
 
+from sft_jax.model.families import TransformerConfig
+from sft_jax.model.layers import activate
 from sft_jax.model.linear import Linear
 from sft_jax.model.moe_config import MoeConfig
 from sft_jax.sharding import RULES, spec_for
@@ -44,10 +47,11 @@ class ExpertLinear(Linear):
 class Experts(nnx.Module):
     """The gated MLPs of all experts, stacked."""
 
-    def __init__(self, moe: MoeConfig, embed_dim: int, stddev: float, key: Key[Array, ""], dtype: DTypeLike):
+    def __init__(self, config: TransformerConfig, moe: MoeConfig, key: Key[Array, ""], dtype: DTypeLike):
+        embed_dim, stddev = config.embed_dim, config.initializer_range
         keys, outer, inner = jax.random.split(key, 3), (embed_dim,), (moe.expert_dim,)
         make = partial(ExpertLinear, stddev=stddev, dtype=dtype, use_bias=moe.expert_bias, stack=(moe.num_experts,))
-        self.moe = moe
+        self.moe, self.activation = moe, config.activation
         self.gate, self.up = make(outer, inner, key=keys[0]), make(outer, inner, key=keys[1])
         self.down = make(inner, outer, key=keys[2])
 
@@ -63,7 +67,8 @@ class Experts(nnx.Module):
         maps = {name: getattr(self, name) for name in _DIMS}
         parts = {name: linear.parts(x.dtype) for name, linear in maps.items()}
         scales = {name: linear.lora_scale for name, linear in maps.items()}
-        run = partial(_run_local, moe=self.moe, lora_scales=scales, axes={} if mesh is None else dict(mesh.shape))
+        gate = partial(_gate, activation=self.activation, clamp=self.moe.clamp)
+        run = partial(_run_local, gate=gate, lora_scales=scales, axes={} if mesh is None else dict(mesh.shape))
         if mesh is None:
             return run(x, experts, weights, live, parts)
         tokens = spec_for(("batch", "seq"))
@@ -96,7 +101,7 @@ def _run_local(
     weights: Any,
     live: Any,
     parts: Parts,
-    moe: MoeConfig,
+    gate: Callable[[Array, Array], Array],
     lora_scales: dict[str, float],
     axes: dict[str, int],
 ) -> Any:
@@ -128,7 +133,7 @@ def _run_local(
 
     # Selected on both ends: what a kernel leaves behind the last stretch reaches neither the sum nor a gradient.
     rows = jnp.where(mine, _spread(x.reshape(-1, shape[-1]), order, inverse), 0)
-    hidden = _gate(multiply(rows, "gate"), multiply(rows, "up"), moe.clamp)
+    hidden = gate(multiply(rows, "gate"), multiply(rows, "up"))
     made = jnp.where(mine, multiply(hidden, "down"), 0)
     made_TkD = _permute(made, inverse, order).reshape(-1, per_token, shape[-1])
     out = jnp.einsum("tkd,tk->td", made_TkD, weights.reshape(-1, per_token), preferred_element_type=weights.dtype)
@@ -136,9 +141,9 @@ def _run_local(
     return jax.lax.psum(out, _JOINED) if axes else out
 
 
-def _gate(gate: Array, up: Array, clamp: float | None) -> Array:
+def _gate(gate: Array, up: Array, activation: str, clamp: float | None) -> Array:
     if clamp is None:
-        return jax.nn.silu(gate) * up
+        return activate(activation, gate) * up
     gate, up = jnp.minimum(gate, clamp), jnp.clip(up, -clamp, clamp)
     return gate * jax.nn.sigmoid(_ALPHA * gate) * (up + 1)
 

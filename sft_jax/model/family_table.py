@@ -199,7 +199,7 @@ FAMILIES: dict[str, Family] = {
     "phi3": Family(
         architecture="Phi3ForCausalLM",
         defaults={"max_position_embeddings": 4096, "rms_norm_eps": 1e-5},
-        rope=RopeDefaults(original_max_position=4096, types=("default", "longrope", "su")),
+        rope=RopeDefaults(original_max_position=4096, types=("default", "longrope", "su"), is_partial=True),
         windows="all",
         only={
             "resid_pdrop": 0,

@@ -42,6 +42,7 @@ _INSTEAD = {
     "the new folder.",
 }
 _ACTIVATIONS = {"silu": "silu", "gelu_pytorch_tanh": "gelu_tanh"}
+_MOST_LAYERS = 1000
 _SLIDING, _FULL = "sliding_attention", "full_attention"
 
 
@@ -86,6 +87,8 @@ def _take_values(rest: Fields, family: Family) -> dict[str, Any]:
     num_heads = rest.take("num_attention_heads", int)
     embed_dim = rest.take("hidden_size", int)
     num_layers = rest.take("num_hidden_layers", int)
+    if num_layers > _MOST_LAYERS:  # before they are made, one by one
+        raise ConfigError(f"num_hidden_layers is {num_layers}; expected at most {_MOST_LAYERS}. Correct it.")
     max_position = rest.take("max_position_embeddings", int, defaults.get("max_position_embeddings", 2048))
     num_kv_heads = rest.take_optional("num_key_value_heads", int, defaults.get("num_key_value_heads", num_heads))
     full, sliding = take_ropes(rest, family.rope, max_position)

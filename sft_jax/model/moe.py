@@ -21,9 +21,9 @@ class MoeMlp(nnx.Module):
     """sum_k weight[k] * expert[k](x), plus the shared experts' MLP where there is one."""
 
     def __init__(self, config: TransformerConfig, moe: MoeConfig, key: Key[Array, ""], dtype: DTypeLike):
-        dim, std, keys = config.embed_dim, config.initializer_range, jax.random.split(key, 3)
-        self.router = Router(moe, dim, std, keys[0], dtype)
-        self.experts = Experts(moe, dim, std, keys[1], dtype)
+        keys = jax.random.split(key, 3)
+        self.router = Router(moe, config.embed_dim, config.initializer_range, keys[0], dtype)
+        self.experts = Experts(config, moe, keys[1], dtype)
         if moe.shared_dim:
             self.shared = Mlp(dataclasses.replace(config, mlp_dim=moe.shared_dim), keys[2], dtype)
 

@@ -29,7 +29,7 @@ class MoeConfig:
     shared_dim: int = 0
     """Hidden dim of the MLP that every token goes through besides; 0: none."""
     clamp: float | None = None
-    """gpt-oss's activation: gate and up are clamped here, and up has 1 added; None: silu(gate) * up."""
+    """gpt-oss's activation: gate and up are clamped here, and up has 1 added; None: activation(gate) * up."""
 
     def __post_init__(self) -> None:
         for name in ("num_experts", "experts_per_token", "expert_dim", "num_groups", "groups_per_token"):

@@ -5,7 +5,7 @@ import math
 from typing import Any, NamedTuple
 
 from sft_jax.datatypes import ConfigError
-from sft_jax.model.config_fields import Fields
+from sft_jax.model.config_fields import REQUIRED, Fields
 from sft_jax.model.rope import (
     DynamicScaling,
     LinearScaling,
@@ -32,6 +32,8 @@ class RopeDefaults(NamedTuple):
     """What a folder without a scaling has."""
     types: tuple[str, ...] = ()
     """Types of scaling that the family has; (): all."""
+    is_partial: bool = False
+    """Whether `partial_rotary_factor` is heeded; transformers ignores it elsewhere."""
 
 
 def take_ropes(fields: Fields, defaults: RopeDefaults, max_position: int) -> tuple[RopeConfig, RopeConfig]:
@@ -45,6 +47,7 @@ def take_ropes(fields: Fields, defaults: RopeDefaults, max_position: int) -> tup
         original=fields.take("original_max_position_embeddings", int, defaults.original_max_position),
         max_position=max_position,
         types=defaults.types or tuple(_READERS),
+        is_partial=defaults.is_partial,
     )
     name = "rope_scaling" if old is not None else "rope_parameters"
     values = old or new or defaults.scaling or {}
@@ -67,11 +70,18 @@ class _Outer(NamedTuple):
     original: int | None
     max_position: int
     types: tuple[str, ...]
+    is_partial: bool
 
 
 def _read_rope(fields: Fields, outer: _Outer, default_theta: float) -> RopeConfig:
     theta = _agree(fields, "rope_theta", float, outer.theta)
     fraction = _agree(fields, "partial_rotary_factor", float, outer.fraction)
+    if fraction not in (None, 1) and not outer.is_partial:
+        raise ConfigError(
+            f"{fields.where}: partial_rotary_factor is {fraction}; this family turns every dim. Remove the key."
+        )
+    if theta is not None and not 1 < theta < math.inf:
+        raise ConfigError(f"{fields.where}: rope_theta is {theta}; expected a number above 1.")
     kind = fields.take("rope_type", str, fields.take("type", str, "default"))
     if kind not in outer.types:
         raise ConfigError(f"{fields.where}: rope_type is {kind!r}; expected one of {', '.join(outer.types)}.")
@@ -92,6 +102,13 @@ def _agree(fields: Fields, name: str, kind: type, outer: Any) -> Any:
     return outer if inner is None else inner
 
 
+def _take_positive(fields: Fields, name: str, default: Any = REQUIRED) -> float:
+    value: float = fields.take(name, float, default)
+    if not 0 < value < math.inf:
+        raise ConfigError(f"{fields.where}: {name} is {value}; expected a number above 0.")
+    return value
+
+
 def _original(fields: Fields, outer: _Outer) -> int:
     original = _agree(fields, "original_max_position_embeddings", int, outer.original)
     original = outer.max_position if original is None else original
@@ -105,33 +122,36 @@ def _read_default(fields: Fields, outer: _Outer) -> None:
 
 
 def _read_linear(fields: Fields, outer: _Outer) -> LinearScaling:
-    return LinearScaling(factor=fields.take("factor", float))
+    return LinearScaling(factor=_take_positive(fields, "factor"))
 
 
 def _read_dynamic(fields: Fields, outer: _Outer) -> DynamicScaling:
     original = _original(fields, outer._replace(original=outer.max_position))
-    return DynamicScaling(factor=fields.take("factor", float), original_max_position=original)
+    return DynamicScaling(factor=_take_positive(fields, "factor"), original_max_position=original)
 
 
 def _read_llama3(fields: Fields, outer: _Outer) -> Llama3Scaling:
+    low, high = (_take_positive(fields, f"{name}_freq_factor") for name in ("low", "high"))
+    if low >= high:  # their difference is a divisor
+        raise ConfigError(f"{fields.where}: low_freq_factor is {low}; expected less than high_freq_factor, {high}.")
     return Llama3Scaling(
-        factor=fields.take("factor", float),
-        low_freq_factor=fields.take("low_freq_factor", float),
-        high_freq_factor=fields.take("high_freq_factor", float),
+        factor=_take_positive(fields, "factor"),
+        low_freq_factor=low,
+        high_freq_factor=high,
         original_max_position=_original(fields, outer),
     )
 
 
 def _read_yarn(fields: Fields, outer: _Outer) -> YarnScaling:
     original = _original(fields, outer)
-    factor = fields.take("factor", float, outer.max_position / original)
+    factor = _take_positive(fields, "factor", outer.max_position / original)
     scales = fields.take("mscale", float, 0.0), fields.take("mscale_all_dim", float, 0.0)
     return YarnScaling(
         factor=factor,
         original_max_position=original,
-        attention_factor=fields.take("attention_factor", float, _yarn_attention_factor(factor, *scales)),
-        beta_fast=fields.take("beta_fast", float, 32.0),
-        beta_slow=fields.take("beta_slow", float, 1.0),
+        attention_factor=_take_positive(fields, "attention_factor", _yarn_attention_factor(factor, *scales)),
+        beta_fast=_take_positive(fields, "beta_fast", 32.0),
+        beta_slow=_take_positive(fields, "beta_slow", 1.0),
         truncate=fields.take("truncate", bool, True),
         mscale=scales[0],
         mscale_all_dim=scales[1],
@@ -146,7 +166,7 @@ def _yarn_attention_factor(factor: float, mscale: float, mscale_all_dim: float) 
 
 def _read_longrope(fields: Fields, outer: _Outer) -> LongRopeScaling:
     original = _original(fields, outer)
-    factor = fields.take("factor", float, outer.max_position / original)
+    factor = _take_positive(fields, "factor", outer.max_position / original)
     short, long = (fields.take(f"{name}_factor", list) for name in ("short", "long"))
     for name, factors in (("short_factor", short), ("long_factor", long)):
         if not all(type(value) in (int, float) and value > 0 for value in factors):
@@ -155,7 +175,7 @@ def _read_longrope(fields: Fields, outer: _Outer) -> LongRopeScaling:
         short=tuple(map(float, short)),
         long=tuple(map(float, long)),
         original_max_position=original,
-        attention_factor=fields.take("attention_factor", float, _longrope_attention_factor(factor, original)),
+        attention_factor=_take_positive(fields, "attention_factor", _longrope_attention_factor(factor, original)),
     )
 
 

@@ -58,6 +58,20 @@ def test_absent_keys_have_llamas_defaults():
         ({"rope_scaling": {"rope_type": "default", "factor": 8.0}}, "factor = 8.0"),
         ({"rope_scaling": None, "rope_parameters": {"rope_theta": 1e4}}, "rope_theta is 10000.0"),
         ({"rope_parameters": {"rope_theta": 5e5}}, "both"),
+        ({"partial_rotary_factor": 0.5}, "partial_rotary_factor is 0.5"),
+        ({"rope_theta": 1}, "rope_theta is 1.0"),
+        ({"rope_theta": -1.0}, "rope_theta is -1.0"),
+        ({"rope_scaling": {"rope_type": "linear", "factor": 0}}, "factor is 0.0"),
+        ({"rope_scaling": {"rope_type": "dynamic", "factor": -2.0}}, "factor is -2.0"),
+        ({"rope_scaling": {"rope_type": "yarn", "factor": 2.0, "beta_slow": 0}}, "beta_slow is 0.0"),
+        ({"rope_scaling": {"rope_type": "yarn", "factor": 2.0, "attention_factor": 0}}, "attention_factor is 0.0"),
+        (
+            {"rope_scaling": {"rope_type": "llama3", "factor": 8, "low_freq_factor": 4, "high_freq_factor": 4}},
+            "low_freq_factor is 4.0",
+        ),
+        ({"num_hidden_layers": 10_000_000}, "num_hidden_layers is 10000000; expected at most 1000"),
+        ({"hidden_size": 10**400}, "hidden_size has more digits"),
+        ({"rms_norm_eps": 10**400}, "rms_norm_eps has more digits"),
     ],
 )
 def test_what_would_be_ignored_is_refused_by_name(changes, named):

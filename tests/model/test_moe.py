@@ -200,3 +200,13 @@ def test_the_router_is_float32_in_bfloat16_models():
 def test_wrong_configs_are_refused(fields, message):
     with pytest.raises(ConfigError, match=message):
         MoeConfig(**(dict(num_experts=8, experts_per_token=1, expert_dim=4) | fields))
+
+
+def test_experts_have_the_models_activation():
+    x, tokens = make_inputs()
+    gelu_config = dataclasses.replace(CONFIG, activation="gelu_tanh")
+    silu, gelu = (
+        MoeMlp(config, VARIANTS["mixtral"], jax.random.key(0), jnp.float64)(x, tokens, None)[0]
+        for config in (CONFIG, gelu_config)
+    )
+    assert jnp.max(jnp.abs(silu - gelu)) > 1e-3
