@@ -66,6 +66,12 @@ class Family:
     """The key without which no layer has a window; None: there is no such key."""
     activations: Mapping[str, str] = field(default_factory=dict)
     """Names of activations that mean something else than in other families."""
+    activation_key: str = "hidden_act"
+    """The key that transformers reads the activation from."""
+    is_silu_only: bool = False
+    """Its experts do not heed the key."""
+    period_key: str | None = None
+    """The key of `window_period`; None: transformers reads none."""
     scales_embedding: bool = False
     """Embeddings are multiplied by sqrt(embed_dim)."""
     only: Mapping[str, Any] = field(default_factory=dict)
@@ -158,6 +164,7 @@ FAMILIES: dict[str, Family] = {
         windows="periodic",
         window_period=2,
         window=4096,
+        activation_key="hidden_activation",
         **_GEMMA,
     ),
     "gemma3_text": Family(
@@ -172,6 +179,8 @@ FAMILIES: dict[str, Family] = {
         rope=RopeDefaults(theta=1_000_000.0, local_theta=10_000.0),
         windows="periodic",
         window_period=6,
+        period_key="sliding_window_pattern",
+        activation_key="hidden_activation",
         window=4096,
         # transformers has the key and does not heed it.
         **_GEMMA | {"only": _GEMMA["only"] | {"attn_logit_softcapping": None}},
@@ -269,6 +278,7 @@ FAMILIES: dict[str, Family] = {
             options={"swiglu_limit": ("clamp", float)},
             defaults={"num_local_experts": 128, "num_experts_per_tok": 4, "swiglu_limit": 7.0},
         ),
+        is_silu_only=True,
         only={"swiglu_alpha": 1.702},
         harmless=_ROUTER_LOSSES | {"initial_context_length"},
         quantized={"quant_method": "mxfp4"},

@@ -138,12 +138,18 @@ def _take_activation(rest: Fields, family: Family) -> str:
     for key, value in found.items():
         if value is not None and value not in names:
             raise ConfigError(f"{key} is {value!r}; expected one of {', '.join(names)}.")
-    activations = {names[value] for value in found.values() if value is not None}
-    if len(activations) > 1:
+    own, other = family.activation_key, next(key for key in found if key != family.activation_key)
+    default = family.defaults.get("activation", "silu")
+    activation = default if found[own] is None else names[found[own]]
+    if found[other] is not None and names[found[other]] != activation:
         raise ConfigError(
-            f"hidden_act is {found['hidden_act']!r}, and hidden_activation {found['hidden_activation']!r}."
+            f"{other} is {found[other]!r}, which this family does not read; by {own} it is {activation}. Drop it."
         )
-    return activations.pop() if activations else family.defaults.get("activation", "silu")
+    if family.is_silu_only and activation != "silu":
+        raise ConfigError(
+            f"{own} is {found[own]!r}; this family's experts have an activation of their own. Remove {own}."
+        )
+    return activation
 
 
 def _take_layers(
@@ -162,9 +168,7 @@ def _take_layers(
         first = rest.take("max_window_layers", int, 28)
         kinds = [_SLIDING if window is not None and layer >= first else _FULL for layer in range(num_layers)]
     else:
-        old_period = rest.take("_sliding_window_pattern", int, family.window_period)
-        period = rest.take("sliding_window_pattern", int, old_period)
-        kinds = [_SLIDING if (layer + 1) % period else _FULL for layer in range(num_layers)]
+        kinds = _periodic_kinds(num_layers, _take_period(rest, family))
     kinds = rest.take("layer_types", list, kinds)
     if len(kinds) != num_layers or set(kinds) - {_SLIDING, _FULL}:
         raise ConfigError(f"layer_types is {kinds}; expected {num_layers} of {_SLIDING} and {_FULL}.")
@@ -172,6 +176,24 @@ def _take_layers(
         raise ConfigError(f"layer_types has {_SLIDING}, and sliding_window is null. Say how long it is.")
     of_kind = {_SLIDING: LayerConfig(rope=sliding, window=window), _FULL: LayerConfig(rope=full)}
     return [of_kind[kind] for kind in kinds]
+
+
+def _periodic_kinds(num_layers: int, period: int) -> list[str]:
+    return [_SLIDING if (layer + 1) % period else _FULL for layer in range(num_layers)]
+
+
+def _take_period(rest: Fields, family: Family) -> int:
+    """Remove the keys of the pattern -> that of the family's own key. Another's must not differ, unless layer_types
+    says it all."""
+    found = {key: rest.take(key, int, None) for key in ("sliding_window_pattern", "_sliding_window_pattern")}
+    own = found.get(family.period_key or "")
+    period = family.window_period if own is None else own
+    for key, value in found.items():
+        if value is not None and value < 1:
+            raise ConfigError(f"{key} is {value}; expected at least 1.")
+        if value not in (None, period) and rest.rest.get("layer_types") is None:
+            raise ConfigError(f"{key} is {value}, which this family does not read; it has {period}. Remove {key}.")
+    return period
 
 
 def to_hf_config(config: TransformerConfig, dtype: str) -> dict[str, Any]:
@@ -217,8 +239,7 @@ def to_hf_config(config: TransformerConfig, dtype: str) -> dict[str, Any]:
         "use_cache": True,
         "pad_token_id": None,  # is said: transformers would assume the family's, which may lie outside the vocabulary
     }
-    if config.activation != "silu":
-        fields["hidden_activation"] = activation
+    fields[family.activation_key] = activation
     for key in family.options:
         value = getattr(config, OPTIONS[key].fields[0])
         fields[key] = None if value is None else OPTIONS[key].write(value)
