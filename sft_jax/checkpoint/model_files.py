@@ -7,13 +7,12 @@ import errno
 import os
 import posixpath
 import stat
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import BinaryIO
 
-from sft_jax.data.stored_files import is_url, open_filesystem
+from sft_jax.data.stored_files import is_url, open_filesystem, readable
 from sft_jax.datatypes import StorageError
 
 Folder = str | os.PathLike[str]
@@ -40,7 +39,7 @@ class ModelFile:
         Raises:
           StorageError: it is not there, or cannot be reached.
         """
-        with _readable(self.path):
+        with readable(self.path, StorageError):
             if not self.is_remote:
                 status = os.stat(self.path)
                 if not stat.S_ISREG(status.st_mode):
@@ -55,7 +54,7 @@ class ModelFile:
         Raises:
           StorageError: it is not there, or cannot be reached.
         """
-        with _readable(self.path):
+        with readable(self.path, StorageError):
             if self.is_remote:
                 filesystem, path = open_filesystem(self.path)
                 return filesystem.cat_file(path, start=begin, end=end)
@@ -69,7 +68,7 @@ class ModelFile:
         Raises:
           StorageError: the file cannot be reached, or ends before a range does.
         """
-        with _readable(self.path):
+        with readable(self.path, StorageError):
             if self.is_remote:
                 filesystem, path = open_filesystem(self.path)
                 begins, ends = zip(*ranges, strict=True)
@@ -114,27 +113,12 @@ def list_folder(folder: Folder) -> list[str]:
     """
     folder = os.fspath(folder)
     if not is_url(folder):
-        with _readable(folder):
+        with readable(folder, StorageError):
             place = Path(folder)
             return sorted(file.name for file in place.iterdir() if file.is_file()) if place.is_dir() else []
-    with _readable(folder):
+    with readable(folder, StorageError):
         filesystem, path = open_filesystem(folder)
         if not filesystem.isdir(path):
             return []
         entries = filesystem.ls(path, detail=True)
         return sorted(posixpath.basename(entry["name"]) for entry in entries if entry["type"] == "file")
-
-
-@contextmanager
-def _readable(path: str) -> Iterator[None]:
-    """Errors of one operation on a file, as a user can mend them."""
-    try:
-        yield
-    except OSError as error:
-        why = error.strerror or str(error) or type(error).__name__
-        raise StorageError(f"{path}: cannot be read: {why}. Check the path and its permissions.") from error
-    except Exception as error:
-        if not is_url(path):
-            raise
-        # Each store's client has its own errors, for credentials and timeouts above all.
-        raise StorageError(f"{path}: cannot be read: {error!r}. Check the URL and your access to it.") from error

@@ -13,7 +13,7 @@ from typing import Any, NoReturn
 
 import zstandard
 
-from sft_jax.datatypes import DataError
+from sft_jax.datatypes import DataError, SftError
 
 _BLOCK_BYTES = 256 * 1024
 # A zstd block of 4 bytes stands for up to 128 KiB, and the library has no limit on what it gives back.
@@ -68,7 +68,7 @@ def open_stored(path: str) -> Any:
     Raises:
       DataError: it cannot be opened.
     """
-    with _readable(path):
+    with readable(path):
         if is_url(path):
             filesystem, inner = open_filesystem(path)
             return filesystem.open(inner, "rb")
@@ -82,7 +82,7 @@ def read_stored(file: Any, path: str, on_bytes: Callable[[bytes], object] | None
       DataError: it cannot be read.
     """
     while True:
-        with _readable(path):
+        with readable(path):
             block = file.read(_BLOCK_BYTES)
         if not block:
             return
@@ -92,18 +92,18 @@ def read_stored(file: Any, path: str, on_bytes: Callable[[bytes], object] | None
 
 
 @contextmanager
-def _readable(path: str) -> Iterator[None]:
-    """Errors of one operation on a file, as a user can mend them."""
+def readable(path: str, kind: type[SftError] = DataError) -> Iterator[None]:
+    """Errors of one operation on a file, as an error of `kind` that a user can mend."""
     try:
         yield
     except OSError as error:
         why = error.strerror or str(error) or type(error).__name__
-        raise DataError(f"{path}: cannot be read: {why}. Check the path and its permissions.") from error
+        raise kind(f"{path}: cannot be read: {why}. Check the path and its permissions.") from error
     except Exception as error:
         if not is_url(path):
             raise
         # Each store's client has its own errors, for credentials and timeouts above all.
-        raise DataError(f"{path}: cannot be read: {error!r}. Check the URL and your access to it.") from error
+        raise kind(f"{path}: cannot be read: {error!r}. Check the URL and your access to it.") from error
 
 
 def hash_file(path: str) -> str:
