@@ -163,7 +163,7 @@ class ModelOnMesh:
             for name in names:
                 source = trained[f"{module}.{name}"]
                 parts[name] = HeldArray(source.shape, partial(read_box, source, dtype=dtype))
-            merged[path] = MergedSource(base[path], parts, len(kernel.outs), self.config.lora.scale)
+            merged[path] = MergedSource(base[path], parts, len(kernel.stack), len(kernel.outs), self.config.lora.scale)
         return merged
 
     @cached_property

@@ -1,12 +1,15 @@
 """Adapters of experts, in float64: no effect at the start, the merged model's numbers, no mesh in the result."""
 
 import dataclasses
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from sft_jax.checkpoint.hf import open_sources, read_config
+from sft_jax.checkpoint.param_source import ParamSource, read_box
 from sft_jax.checkpoint.peft import adapter_tensors
 from sft_jax.config_schema import (
     BatchConfig,
@@ -124,6 +127,35 @@ def test_quantized_experts_multiply_as_their_decoded_kernels(form):
         coded |= {f"{module}.{form}": codes, f"{module}.scales": scales}
         params[f"{module}.kernel"] = quantized.decode(jnp.asarray(codes), jnp.asarray(scales), 2, form, "float64")
     np.testing.assert_allclose(run_model(coded), run_model(params), atol=1e-12)
+
+
+class ArraySource(ParamSource):
+    """An array, as a checkpoint would hold it."""
+
+    def __init__(self, values):
+        self.values = np.asarray(values)
+        self.shape, self.dtype = self.values.shape, self.values.dtype
+
+    def read(self, index, out):
+        out[...] = self.values[index]
+
+
+@pytest.mark.parametrize("quantize", ["none", "nf4"])
+@pytest.mark.parametrize("family", ["mixtral", "gpt_oss"])
+def test_they_are_merged_on_the_way_to_disk(family, quantize):
+    folder = Path(__file__).parents[1] / "parity/goldens" / family
+    section = ModelConfig(path=str(folder), param_dtype="float64", frozen_dtype="float64")
+    config = Config(model=section, lora=LoraConfig(rank=2, targets=(".*",), quantize=quantize))
+    model, _ = read_config(folder)
+    placed = ModelOnMesh(config, model, build_mesh(MeshConfig(fsdp=1), jax.devices()[:1]))
+    trainable, frozen = placed.open_params()
+    trained = draw(trainable)
+    merged = placed.merge(trained | frozen)
+    sources = placed.merge_sources(open_sources(folder, model), {p: ArraySource(v) for p, v in trained.items()})
+    assert sources.keys() == {f"{path}.kernel" for path in placed.kernels}
+    for path, source in sources.items():
+        values = read_box(source, tuple(slice(0, size) for size in source.shape), "float64")
+        np.testing.assert_allclose(values, merged[path], atol=1e-6, err_msg=path)
 
 
 def test_peft_has_no_form_for_them():
