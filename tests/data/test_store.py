@@ -156,6 +156,14 @@ def test_auto_takes_the_first_row_that_has_a_format(tmp_path):
     assert lines_of(account.bad["wrong_format"]) == [2, 4]
 
 
+def test_a_row_that_may_be_read_in_two_ways_is_bad_wherever_it_stands(tmp_path):
+    two_ways = GOOD[:-1] + ', "text": "2 3"}'
+    account = prepare(tmp_path, write(tmp_path, GOOD, two_ways, GOOD)).account
+    assert (account.rows_trained, lines_of(account.bad["wrong_format"])) == (2, [2])
+    account = prepare(tmp_path, write(tmp_path, GOOD, two_ways), source={"format": "prompt_completion"}).account
+    assert account.rows_trained == 2
+
+
 def test_role_map_reaches_the_rows(tmp_path):
     path = write(tmp_path, EXPANDS.replace('"user"', '"human"'))
     assert prepare(tmp_path, path).account.bad["unknown_role"].count == 1
