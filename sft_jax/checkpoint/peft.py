@@ -147,10 +147,9 @@ def export_adapter(
     """
     tensors = list(adapter_tensors(config, {path: value.shape for path, value in trained.items()}))
     target = Path(folder)
-    values = ((tensor.name, _to_peft(trained, tensor, config, dtype)) for tensor in tensors)
+    # Gathering takes all processes, so it is done before one of them may fail at writing.
+    values = [(tensor.name, _to_peft(trained, tensor, config, dtype)) for tensor in tensors]
     if jax.process_index() != 0:
-        for _ in values:  # gathering takes all processes
-            pass
         return
     if target.exists() and any(path.name not in (CONFIG_FILE, WEIGHTS_FILE) for path in target.iterdir()):
         raise StorageError(f"{target}: holds files that are no adapter's. Choose another folder, or remove it.")
