@@ -26,10 +26,10 @@ from sft_jax.data.part_files import Span, read_part
 from sft_jax.data.preparation import Chunk, Recipe, Task, make_part
 from sft_jax.data.rendering import Renderer
 from sft_jax.data.sources import RowChunk, read_chunks
-from sft_jax.data.workers import open_workers
+from sft_jax.data.workers import make_parts_together
 from sft_jax.datatypes import DataError, RawRow
 
-PART_BYTES = 4 << 20
+PART_BYTES = 2 << 20
 """A part is of about so many bytes of rows: the work that an interruption can lose, and the least worth sharing."""
 CHUNK_BYTES = 1 << 20
 """What is read of a file at once."""
@@ -88,9 +88,7 @@ def _make_all(tasks: Iterable[Task], recipe: Recipe, renderer: Renderer) -> None
         for task in everything:
             make_part(task, recipe.source, recipe.data, renderer)
         return
-    with open_workers(count, recipe) as submit:
-        for task in everything:
-            submit(task)
+    make_parts_together(everything, count, recipe, renderer)
 
 
 def _num_cores() -> int:

@@ -1,4 +1,4 @@
-"""Tasks in, made parts out, by processes of our own: each opens its own renderer from the recipe.
+"""Tasks in, made parts out, by this process and others of our own: each of those opens a renderer from the recipe.
 
 They are plain child processes that are spoken to through pipes, and not `multiprocessing`'s: those would import the
 program that started the run, with jax and all of the model. A worker ends when its pipe does, so that none outlives its
@@ -13,12 +13,13 @@ import subprocess
 import sys
 import threading
 import traceback
-from collections.abc import Callable, Iterator
+from collections.abc import Iterable
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import contextmanager, suppress
+from contextlib import suppress
 from typing import Any, BinaryIO
 
 from sft_jax.data.preparation import Recipe, Task, make_part
+from sft_jax.data.rendering import Renderer
 from sft_jax.datatypes import DataError, SftError
 
 _BOOT = (
@@ -27,30 +28,31 @@ _BOOT = (
 )
 
 
-@contextmanager
-def open_workers(count: int, recipe: Recipe) -> Iterator[Callable[[Task], None]]:
-    """A function that hands a task to one of `count` processes, and waits while each has one and another is queued.
+def make_parts_together(tasks: Iterable[Task], count: int, recipe: Recipe, renderer: Renderer) -> None:
+    """Make the part of every task, in this process and `count - 1` others. While those start, this one is at work.
 
-    Whatever a worker raises is raised by a later call, or at the end of the context, where all tasks are done.
+    Args:
+      renderer: this process's.
+
+    Raises:
+      DataError: one of the others was killed; and whatever a task raises, in whichever process.
     """
-    pool = _Pool(recipe)
-    waiting: list[Future[None]] = []
-    slots = threading.BoundedSemaphore(2 * count)  # what is in memory at once
-
-    def submit(task: Task) -> None:
-        slots.acquire()
-        for future in [future for future in waiting if future.done()]:
-            waiting.remove(future)
-            future.result()
-        future = threads.submit(pool.make, task)
-        future.add_done_callback(lambda _: slots.release())
-        waiting.append(future)
-
-    with ThreadPoolExecutor(count) as threads:
+    pool, waiting = _Pool(recipe), dict[Future[None], Task]()
+    with ThreadPoolExecutor(count - 1) as threads:
         try:
-            yield submit
-            for future in waiting:
-                future.result()
+            for task in tasks:
+                for future in [future for future in waiting if future.done()]:
+                    del waiting[future]
+                    future.result()
+                if len(waiting) < 2 * (count - 1):  # each has one, and another is at hand
+                    waiting[threads.submit(pool.make, task)] = task
+                else:
+                    make_part(task, recipe.source, recipe.data, renderer)
+            for future, task in reversed(waiting.items()):
+                if future.cancel():
+                    make_part(task, recipe.source, recipe.data, renderer)
+                else:
+                    future.result()
         except BaseException:
             threads.shutdown(wait=False, cancel_futures=True)
             raise

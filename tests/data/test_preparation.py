@@ -104,7 +104,7 @@ def test_what_a_worker_raises_reaches_the_run(tmp_path, factory, error, message)
 
 def test_little_work_starts_no_process(tmp_path, monkeypatch):
     monkeypatch.setattr(part_sharing, "PART_BYTES", 4 << 20)
-    monkeypatch.setattr(part_sharing, "open_workers", None)
+    monkeypatch.setattr(part_sharing, "make_parts_together", None)
     assert len(prepare(tmp_path, write(tmp_path, 100), prepare_processes=0)) == 100
 
 
