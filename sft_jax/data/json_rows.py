@@ -234,6 +234,8 @@ def _find_hint(text: bytes, problem: str) -> tuple[str, str]:
         return "starts with a byte order mark, as where two files were joined", "Remove the mark"
     if _LONE_SURROGATE.search(text) and ("truncated" in problem or "surrogate" in problem):
         return "holds half of a surrogate pair, as where a text was cut between two halves", "Remove it, or the row"
+    if text.strip(_SPACE) == b"{":
+        return "is a brace alone: the row goes over several lines", "Write each row on one, as jq -c . does"
     if "truncated" in problem:
         cut = "ends inside a value: the row is cut off, or a string holds a raw newline"
         return cut, "Complete or remove the row, and write a newline in a string as \\n"

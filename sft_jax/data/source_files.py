@@ -96,7 +96,8 @@ def _resolve(place: "_Disk | _Remote", path: str, field: str) -> Found:
         if not found and not passed:
             raise DataError(f"{field}: {path!r} matches nothing. {_near_matches(place, path)}")
     else:
-        raise DataError(f"{field}: {path!r} is not there. {_near_matches(place, path)}")
+        what = f"is a link to {os.readlink(path)!r}, which is not there" if os.path.islink(path) else "is not there"
+        raise DataError(f"{field}: {path!r} {what}. {_near_matches(place, path)}")
     files = _choose(place, sorted(set(found)), passed, field)
     if not files:
         endings = sorted({os.path.splitext(name)[1] or os.path.basename(name) for name in found})

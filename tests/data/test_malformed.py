@@ -154,7 +154,7 @@ KINDS = [
     reject("cut-off-object", b'{"text":"a"', "ends inside a value"),
     reject("cut-off-string", b'{"text":"a', "ends inside a value"),
     reject("cut-off-key", b'{"te', "ends inside a value"),
-    reject("lone-brace", b"{", "ends inside a value"),
+    reject("pretty-printed", b'{\n "text": "a"}', "a brace alone: the row goes over several lines"),
     Kind("cut-off-last-line", "reject", GOOD + GOOD + b'{"text":"a', "malformed_json", 3, "ends inside a value"),
     Kind("raw-newline-in-string", "reject", GOOD + b'{"text":"a\nb"}\n' + GOOD, "malformed_json", 2, "newline"),
     reject("plain-text", b"Once upon a time"),

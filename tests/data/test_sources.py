@@ -258,6 +258,7 @@ def test_folders_of_the_datasets_library_that_do_not_say_what_to_train_on(tmp_pa
         ("ful/a.jsonl", r"/ful' is the first part of it that is missing\. Near it: full\. Check"),
         ("*.parquet", r"matches nothing\. Near it: train\.jsonl"),
         ("none/*/x.jsonl", "/none' is the first part"),
+        ("dangling/b.jsonl", r"is a link to 'gone\.jsonl', which is not there"),
         ("notes.txt", r"has an unknown ending; expected \.jsonl"),
         ("texts", r"holds only \.txt; expected"),
         ("texts/*.txt", r"holds only \.txt; expected"),
@@ -271,6 +272,8 @@ def test_what_is_wrong_with_a_path(tmp_path, path, says):
     (tmp_path / "empty").mkdir()
     (tmp_path / "links").mkdir()
     (tmp_path / "links/a").symlink_to(tmp_path / "full")
+    (tmp_path / "dangling").mkdir()
+    (tmp_path / "dangling/b.jsonl").symlink_to("gone.jsonl")
     with pytest.raises(DataError, match=rf"^{re.escape(FIELD)}: .*{says}"):
         resolve_files(f"{tmp_path}/{path}", FIELD)
 
