@@ -12,6 +12,7 @@ import sys
 import tempfile
 import time
 from pathlib import Path
+from typing import Any
 
 from child import run_child
 
@@ -66,7 +67,7 @@ def run_case(name: str, folder: Path) -> dict:
     }
 
 
-def _size(leaf) -> int:
+def _size(leaf: Any) -> int:
     size = 1
     for dim in leaf.shape:
         size *= dim
@@ -94,9 +95,8 @@ def unmet_bars(results: dict[str, dict]) -> list[str]:
 
     before = Scores(0.0, 0.0, 0.0)
     rates = ("held_out_exact", "stop_rate", "format_obeyed")
-    return [
-        f"{name}: {line}" for name, row in results.items() for line in check_bars(before, Scores(*map(row.get, rates)))
-    ]
+    after = {name: Scores(*(row[rate] for rate in rates)) for name, row in results.items()}
+    return [f"{name}: {line}" for name, scores in after.items() for line in check_bars(before, scores)]
 
 
 def main() -> int:

@@ -120,7 +120,7 @@ def forget_words(every: int) -> None:
             words.clear()
         return encode(words, text)
 
-    Words.encode = encode_and_forget
+    Words.encode = encode_and_forget  # type: ignore[assignment, method-assign]
 
 
 def run_forgetful(folder: Path) -> dict:

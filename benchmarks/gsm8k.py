@@ -26,7 +26,7 @@ def write_chats(assets: Path, folder: Path, repeat: int) -> Path:
 
 def make_config(folder: Path, max_seq_len: int, **data: Any) -> Config:
     """Llama-2's tokenizer and template over the chats, and the stores beside them."""
-    defaults = {
+    defaults: dict[str, Any] = {
         "train": (SourceConfig(path=str(folder / CHATS)),),
         "tokenizer": os.path.join(os.environ["SFT_JAX_ASSETS"], "tokenizers/llama2/tokenizer.model"),
         "chat_template": "llama2",

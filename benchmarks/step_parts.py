@@ -41,7 +41,8 @@ def main() -> None:
     hidden = jnp.ones((*batch.inputs.shape, placed.model.embed_dim))
 
     def layers(params: Any) -> jax.Array:
-        options = dict(compute_dtype="float32", remat=config.model.remat, attention=config.model.attention)
+        model = config.model
+        options: dict[str, Any] = dict(compute_dtype="float32", remat=model.remat, attention=model.attention)
         return jnp.sum(forward(params, placed.model, batch.inputs, batch.positions, batch.segment_ids, **options))
 
     def head(hidden: Any, table: Any) -> jax.Array:

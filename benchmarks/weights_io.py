@@ -96,7 +96,7 @@ class Peak:
         while not self._is_done.wait(0.005):
             self.bytes = max(self.bytes, anonymous_bytes() - self._start)
 
-    def __exit__(self, *_) -> None:
+    def __exit__(self, *_: object) -> None:
         self._is_done.set()
         self._thread.join()
 
@@ -133,7 +133,8 @@ def measure(case: str, folder: Path) -> dict:
     from sft_jax.cli.convert import main as convert
     from sft_jax.config_schema import MeshConfig
     from sft_jax.data.tokenizer import load_tokenizer
-    from sft_jax.model.transformer import abstract_params, logical_dims
+    from sft_jax.model.param_dims import logical_dims
+    from sft_jax.model.transformer import abstract_params
     from sft_jax.sharding import build_mesh, shardings_for
     from sft_jax.testbed.make import BASE_MODEL
 
