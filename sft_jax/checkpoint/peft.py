@@ -25,6 +25,7 @@ from jax.sharding import Sharding
 
 from sft_jax.checkpoint.hf_names import EMBEDDING, HEAD, TensorRule, hf_tensors, tensor_rules
 from sft_jax.checkpoint.model_files import file_in
+from sft_jax.checkpoint.peft_options import CONFIG_FILE, check_options, read_options
 from sft_jax.checkpoint.safetensors_io import SINGLE_FILE, TensorInfo, read_header
 from sft_jax.checkpoint.safetensors_writer import TensorSpec, write_tensors
 from sft_jax.config_schema import LoraConfig
@@ -33,7 +34,6 @@ from sft_jax.model.families import TransformerConfig, find_moe
 from sft_jax.model.transformer import Params
 from sft_jax.typing import Array
 
-CONFIG_FILE = "adapter_config.json"
 WEIGHTS_FILE = "adapter_model.safetensors"
 _PREFIX = "base_model.model."
 _SUFFIXES = {"lora_a": "lora_A.weight", "lora_b": "lora_B.weight", "magnitude": "lora_magnitude_vector"}
@@ -42,19 +42,6 @@ _FAMILIAR = {
     "attention.query": "self_attn.q_proj", "attention.key": "self_attn.k_proj", "attention.value": "self_attn.v_proj",
     "attention.out": "self_attn.o_proj", "mlp.gate": "mlp.gate_proj", "mlp.up": "mlp.up_proj",
     "mlp.down": "mlp.down_proj",
-}  # fmt: skip
-# Options of PEFT that would change the numbers, unless they have one of these values.
-_ONLY_VALUES: dict[str, tuple[Any, ...]] = {
-    "peft_type": ("LORA",),
-    "bias": ("none", None),
-    "fan_in_fan_out": (False, None),
-    "init_lora_weights": (True, False, None, "gaussian", "orthogonal"),  # others change the base when they are loaded
-    **{
-        name: (None, False, {}, [])
-        for name in ("lora_bias", "layer_replication", "trainable_token_indices",
-                     "target_parameters", "alora_invocation_tokens", "arrow_config", "use_qalora", "use_bdlora",
-                     "velora_config", "kasa_config", "monteclora_config")
-    },
 }  # fmt: skip
 
 
@@ -265,9 +252,9 @@ def load_adapter(
       StorageError: a tensor is missing, is of another shape, is left over or is not finite.
     """
     folder = Path(folder)
-    fields = _read_fields(folder)
+    fields = read_options(folder)
     tensors = list(adapter_tensors(config, shapes))
-    _check_options(fields, lora, _fused_patterns(tensors, lora), folder)
+    check_options(fields, lora, _fused_patterns(tensors, lora), folder)
     index = read_header(file_in(folder, WEIGHTS_FILE))
     _check_tensors(index, tensors, folder)
     host = {path: np.empty(shape, jnp.dtype(dtype)) for path, shape in shapes.items()}
@@ -294,41 +281,6 @@ def load_adapter(
 def _read(tensor: TensorInfo) -> np.ndarray:
     values = tensor.read_box(tuple(slice(0, size) for size in tensor.shape))
     return values.astype(np.float32) if values.dtype.itemsize < 4 else np.asarray(values)
-
-
-def _read_fields(folder: Path) -> dict[str, Any]:
-    path = folder / CONFIG_FILE
-    try:
-        return msgspec.json.decode(path.read_bytes(), type=dict[str, Any])
-    except OSError as error:
-        raise StorageError(f"{path}: {error.strerror}. Name an adapter folder.") from error
-    except (msgspec.DecodeError, UnicodeDecodeError) as error:
-        raise ConfigError(f"{path}: is not a JSON object: {error}. Download it again.") from error
-
-
-def _check_options(
-    fields: Mapping[str, Any], lora: LoraConfig, patterns: tuple[Mapping[str, Any], Mapping[str, Any]], folder: Path
-) -> None:
-    where = folder / CONFIG_FILE
-    ours = {"r": ("rank", lora.rank), "lora_alpha": ("alpha", lora.alpha)}
-    ours |= {"use_rslora": ("use_rslora", lora.use_rslora), "use_dora": ("use_dora", lora.use_dora)}
-    errors = [
-        f"config.lora.{name}: is {value!r}, and {where} has {key} {fields.get(key, False)!r}. Set it to that."
-        for key, (name, value) in ours.items()
-        if fields.get(key, False) != value
-    ]
-    errors += [
-        f"{where}: {key} is {fields[key]!r}; only {accepted[0]!r} is supported."
-        for key, accepted in _ONLY_VALUES.items()
-        if fields.get(key, accepted[0]) not in accepted
-    ]
-    errors += [
-        f"{where}: {key} is {fields[key]!r}; only one rank and alpha for all is supported."
-        for key, ours_of_fused in zip(("rank_pattern", "alpha_pattern"), patterns, strict=True)
-        if fields.get(key) and fields[key] != ours_of_fused
-    ]
-    if errors:
-        raise ConfigError("\n".join(errors))
 
 
 def _check_tensors(index: Mapping[str, TensorInfo], tensors: list[AdapterTensor], folder: Path) -> None:
