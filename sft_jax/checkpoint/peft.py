@@ -10,6 +10,7 @@ and what trains whole, such as embed.embedding [V, D], under its own name.
 Source of the names: https://huggingface.co/docs/peft/developer_guides/checkpoint
 """
 
+import itertools
 import math
 import os
 from collections.abc import Iterator, Mapping
@@ -37,6 +38,7 @@ from sft_jax.typing import Array
 WEIGHTS_FILE = "adapter_model.safetensors"
 _PREFIX = "base_model.model."
 _SUFFIXES = {"lora_a": "lora_A.weight", "lora_b": "lora_B.weight", "magnitude": "lora_magnitude_vector"}
+_MERGE = "merge the adapter by PEFT (merge_and_unload), save the model, and set config.model.path to it"
 # What every family's maps may be called in config.lora, though its own files hold them under other names, or fused.
 _FAMILIAR = {
     "attention.query": "self_attn.q_proj", "attention.key": "self_attn.k_proj", "attention.value": "self_attn.v_proj",
@@ -255,7 +257,7 @@ def load_adapter(
     fields = read_options(folder)
     tensors = list(adapter_tensors(config, shapes))
     check_options(fields, lora, _fused_patterns(tensors, lora), folder)
-    index = read_header(file_in(folder, WEIGHTS_FILE))
+    index = _own_names(read_header(file_in(folder, WEIGHTS_FILE)))
     _check_tensors(index, tensors, folder)
     host = {path: np.empty(shape, jnp.dtype(dtype)) for path, shape in shapes.items()}
     for tensor in tensors:
@@ -268,8 +270,8 @@ def load_adapter(
             part = part.reshape(out.shape).astype(out.dtype)
             if tensor.name == _PREFIX + HEAD.hf_name and config.tie_embeddings and not np.array_equal(out, part):
                 raise StorageError(
-                    f"{info} differs from the embedding, and this model ties them. Merge the adapter by PEFT into a "
-                    "model with tie_word_embeddings false, and train that."
+                    f"{info} differs from the embedding, and this model ties them. Load the base with "
+                    f"tie_word_embeddings false, and {_MERGE}."
                 )
             out[...] = part
     return {
@@ -283,13 +285,42 @@ def _read(tensor: TensorInfo) -> np.ndarray:
     return values.astype(np.float32) if values.dtype.itemsize < 4 else np.asarray(values)
 
 
+def _own_names(index: Mapping[str, TensorInfo]) -> dict[str, TensorInfo]:
+    """The tensors by the names of what trains whole, such as `lm_head.weight`.
+
+    Where the vocabulary was changed too, PEFT saves such a module once more as it is in memory, as
+    `lm_head.modules_to_save.weight`, and the base's beside it, as `lm_head.original_module.weight`.
+    """
+    tensors: dict[str, TensorInfo] = {}
+    for name, tensor in index.items():
+        if ".original_module." in name:
+            continue
+        first = tensors.setdefault(name.replace(".modules_to_save.", "."), tensor)
+        if first is not tensor and not np.array_equal(_read(first), _read(tensor)):
+            raise StorageError(
+                f"{tensor} differs from {first}, which is the same weight. Save the adapter again by PEFT."
+            )
+    return tensors
+
+
 def _check_tensors(index: Mapping[str, TensorInfo], tensors: list[AdapterTensor], folder: Path) -> None:
     wanted = {tensor.name: tensor for tensor in tensors}
     for name, tensor in wanted.items():
+        if name not in index and name == _PREFIX + HEAD.hf_name and tensor.rules[0] is EMBEDDING:
+            raise StorageError(
+                f"{folder / WEIGHTS_FILE}: has an embedding and no {name}, so PEFT left the head as it was, and this "
+                f"model ties the two. Train it by PEFT with ensure_weight_tying, or {_MERGE}."
+            )
         if name not in index:
             raise StorageError(
                 f"{folder / WEIGHTS_FILE}: has no tensor {name}, which config.lora.targets or "
                 "modules_to_save ask for. Set them to what the adapter has."
+            )
+        if tensor.rules[0] in (EMBEDDING, HEAD) and index[name].shape[:1] != tensor.shape[:1]:
+            raise StorageError(
+                f"{index[name]} is {list(index[name].shape)}; expected {list(tensor.shape)}: another vocabulary. "
+                "Name the same tokens in config.data.new_tokens, or resize the base by transformers, and set "
+                "config.model.path to that."
             )
         if index[name].shape not in (tensor.shape, _shared_shape(tensor)):
             raise StorageError(f"{index[name]} is {list(index[name].shape)}; expected {list(tensor.shape)}. Same base?")
@@ -297,10 +328,24 @@ def _check_tensors(index: Mapping[str, TensorInfo], tensors: list[AdapterTensor]
             raise StorageError(f"{index[name]} has dtype {index[name].dtype.name}; expected floating point.")
     unknown = sorted(index.keys() - wanted.keys())
     if unknown:
-        raise StorageError(
-            f"{folder / WEIGHTS_FILE}: holds {len(unknown)} tensors that config.lora would not use, such as "
-            f"{unknown[0]}. Add their modules to config.lora.targets or modules_to_save."
+        raise StorageError(f"{folder / WEIGHTS_FILE}: {_describe_unknown(unknown)}")
+
+
+def _describe_unknown(names: list[str]) -> str:
+    modules = [rule.hf_name.removesuffix(".weight") for rule in (EMBEDDING, HEAD)]
+    for name, module in itertools.product(names, modules):
+        if not name.startswith(f"{_PREFIX}{module}."):
+            continue
+        if name != f"{_PREFIX}{module}.weight":
+            return f"{name} is of an adapter of {module}, which trains whole here or not at all. For that, {_MERGE}."
+        return (
+            f"holds all of {name}, as PEFT saves it after a change of the vocabulary, and config.lora does not. "
+            f"Add {module} to config.lora.modules_to_save."
         )
+    return (
+        f"holds {len(names)} tensors that config.lora would not use, such as {names[0]}. Add their modules to "
+        "config.lora.targets or modules_to_save."
+    )
 
 
 def _shared_shape(tensor: AdapterTensor) -> tuple[int, ...]:

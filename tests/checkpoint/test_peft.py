@@ -7,12 +7,12 @@ import jax
 import numpy as np
 import pytest
 import safetensors.numpy
-from llama_folder import TINY, llama_tensors, write_folder
+from llama_folder import TINY, TINY_TIED, llama_tensors, write_folder
 
 from sft_jax.checkpoint.hf import read_config
 from sft_jax.checkpoint.peft import export_adapter
 from sft_jax.config_schema import Config, LoraConfig, MeshConfig, ModelConfig
-from sft_jax.datatypes import ConfigError
+from sft_jax.datatypes import ConfigError, StorageError
 from sft_jax.placed_model import ModelOnMesh
 from sft_jax.sharding import build_mesh
 
@@ -88,4 +88,49 @@ def test_options_that_change_nothing_are_read_over(adapter: Adapter) -> None:
 def test_options_that_would_change_the_numbers_are_refused_by_name(adapter: Adapter, option: str, value) -> None:
     adapter.change_options(**{option: value})
     with pytest.raises(ConfigError, match=rf"adapter_config.json: {option} (is|=) "):
+        adapter.load()
+
+
+HEAD, EMBEDDING = np.ones((40, 16), np.float32), np.full((40, 16), 2, np.float32)
+
+
+def test_what_peft_saves_twice_is_read_once(tmp_path: Path) -> None:
+    adapter = Adapter(tmp_path, modules_to_save=("lm_head",))
+    twice = {"lm_head.weight": HEAD, "lm_head.modules_to_save.weight": HEAD}
+    adapter.change_tensors(**twice, **{"lm_head.original_module.weight": EMBEDDING})
+    assert np.all(np.asarray(adapter.load()["head.kernel"]) == 1)
+    adapter.change_tensors(**{"lm_head.modules_to_save.weight": EMBEDDING})
+    with pytest.raises(StorageError, match=r"differs from .*Save the adapter again"):
+        adapter.load()
+
+
+@pytest.mark.parametrize(
+    ("tensors", "message"),
+    [
+        ({"lm_head.weight": HEAD}, r"lm_head.weight, as PEFT saves it .* Add lm_head to config.lora.modules_to_save"),
+        ({"model.embed_tokens.weight": HEAD}, r"Add model.embed_tokens to config.lora.modules_to_save"),
+        ({"lm_head.lora_A.weight": HEAD}, r"lm_head.lora_A.weight is of an adapter of lm_head.*merge_and_unload"),
+        ({"model.embed_tokens.lora_embedding_A": HEAD}, r"of an adapter of model.embed_tokens, .*merge_and_unload"),
+        ({"model.norm.weight": HEAD}, r"such as base_model.model.model.norm.weight. Add their modules"),
+        ({"model.layers.0.self_attn.q_proj.lora_A.weight": None}, r"has no tensor .*layers.0.self_attn.q_proj.lora_A"),
+    ],
+)
+def test_tensors_that_have_no_place_are_named_with_the_way_to_mend_them(adapter: Adapter, tensors, message) -> None:
+    adapter.change_tensors(**tensors)
+    with pytest.raises(StorageError, match=message):
+        adapter.load()
+
+
+@pytest.mark.parametrize(
+    ("tensors", "message"),
+    [
+        ({"lm_head.weight": None}, "has an embedding and no base_model.model.lm_head.weight.*ensure_weight_tying"),
+        ({"lm_head.weight": HEAD}, "differs from the embedding, and this model ties them.*merge_and_unload"),
+        ({"model.embed_tokens.weight": HEAD[:39]}, r"is \[39, 16\]; expected \[40, 16\]: .*config.data.new_tokens"),
+    ],
+)
+def test_a_tied_embedding_must_be_the_head_and_of_the_model_s_size(tmp_path: Path, tensors, message) -> None:
+    adapter = Adapter(tmp_path, TINY_TIED, modules_to_save=("embed_tokens",))
+    adapter.change_tensors(**tensors)
+    with pytest.raises(StorageError, match=message):
         adapter.load()
