@@ -189,7 +189,8 @@ def digest_weights(folder: Folder) -> str:
     """sha256 of every tensor's name, dtype and shape, and of the bytes at its two ends; of a converted folder, that of
     its source.
 
-    Hashing all bytes would take minutes, and training changes every tensor.
+    Hashing all bytes would take minutes. Training in full, or merging an adapter, changes whole tensors, of which the
+    ends are a sample; a base that differs only in the middle of some, such as in rows of single tokens, is not seen.
     """
     if is_converted(folder):
         return read_record(folder).digest

@@ -85,13 +85,6 @@ class TensorRule:
             hf_order.remove(_TURNS)
         return split.transpose([hf_order.index(dim) for dim in self.dims.split()])
 
-    def to_hf(self, values: np.ndarray) -> np.ndarray:
-        """One layer of our parameter in their dims: [D, N, H] -> [N*H, D]. Of a fused tensor this is one part."""
-        dims = self.dims.split()
-        sizes = dict(zip(dims, values.shape, strict=True))
-        ordered = values.transpose([dims.index(dim) for dim in _flat(self.hf_dims)])
-        return ordered.reshape([math.prod(sizes[dim] for dim in group) for group in _groups(self.hf_dims)])
-
 
 _TURNS = "2"
 

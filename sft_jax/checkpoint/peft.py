@@ -10,6 +10,7 @@ and what trains whole, such as embed.embedding [V, D], under its own name.
 Source of the names: https://huggingface.co/docs/peft/developer_guides/checkpoint
 """
 
+import itertools
 import math
 import os
 from collections.abc import Iterator, Mapping
@@ -25,6 +26,7 @@ from jax.sharding import Sharding
 
 from sft_jax.checkpoint.hf_names import EMBEDDING, HEAD, TensorRule, hf_tensors, tensor_rules
 from sft_jax.checkpoint.model_files import file_in
+from sft_jax.checkpoint.peft_options import CONFIG_FILE, check_options, read_options
 from sft_jax.checkpoint.safetensors_io import SINGLE_FILE, TensorInfo, read_header
 from sft_jax.checkpoint.safetensors_writer import TensorSpec, write_tensors
 from sft_jax.config_schema import LoraConfig
@@ -33,28 +35,15 @@ from sft_jax.model.families import TransformerConfig, find_moe
 from sft_jax.model.transformer import Params
 from sft_jax.typing import Array
 
-CONFIG_FILE = "adapter_config.json"
 WEIGHTS_FILE = "adapter_model.safetensors"
 _PREFIX = "base_model.model."
 _SUFFIXES = {"lora_a": "lora_A.weight", "lora_b": "lora_B.weight", "magnitude": "lora_magnitude_vector"}
+_MERGE = "merge the adapter by PEFT (merge_and_unload), save the model, and set config.model.path to it"
 # What every family's maps may be called in config.lora, though its own files hold them under other names, or fused.
 _FAMILIAR = {
     "attention.query": "self_attn.q_proj", "attention.key": "self_attn.k_proj", "attention.value": "self_attn.v_proj",
     "attention.out": "self_attn.o_proj", "mlp.gate": "mlp.gate_proj", "mlp.up": "mlp.up_proj",
     "mlp.down": "mlp.down_proj",
-}  # fmt: skip
-# Options of PEFT that would change the numbers, unless they have one of these values.
-_ONLY_VALUES: dict[str, tuple[Any, ...]] = {
-    "peft_type": ("LORA",),
-    "bias": ("none", None),
-    "fan_in_fan_out": (False, None),
-    "init_lora_weights": (True, False, None, "gaussian", "orthogonal"),  # others change the base when they are loaded
-    **{
-        name: (None, False, {}, [])
-        for name in ("lora_bias", "layer_replication", "trainable_token_indices",
-                     "target_parameters", "alora_invocation_tokens", "arrow_config", "use_qalora", "use_bdlora",
-                     "velora_config", "kasa_config", "monteclora_config")
-    },
 }  # fmt: skip
 
 
@@ -265,10 +254,10 @@ def load_adapter(
       StorageError: a tensor is missing, is of another shape, is left over or is not finite.
     """
     folder = Path(folder)
-    fields = _read_fields(folder)
+    fields = read_options(folder)
     tensors = list(adapter_tensors(config, shapes))
-    _check_options(fields, lora, _fused_patterns(tensors, lora), folder)
-    index = read_header(file_in(folder, WEIGHTS_FILE))
+    check_options(fields, lora, _fused_patterns(tensors, lora), folder)
+    index = _own_names(read_header(file_in(folder, WEIGHTS_FILE)))
     _check_tensors(index, tensors, folder)
     host = {path: np.empty(shape, jnp.dtype(dtype)) for path, shape in shapes.items()}
     for tensor in tensors:
@@ -281,8 +270,8 @@ def load_adapter(
             part = part.reshape(out.shape).astype(out.dtype)
             if tensor.name == _PREFIX + HEAD.hf_name and config.tie_embeddings and not np.array_equal(out, part):
                 raise StorageError(
-                    f"{info} differs from the embedding, and this model ties them. Merge the adapter by PEFT into a "
-                    "model with tie_word_embeddings false, and train that."
+                    f"{info} differs from the embedding, and this model ties them. Load the base with "
+                    f"tie_word_embeddings false, and {_MERGE}."
                 )
             out[...] = part
     return {
@@ -296,48 +285,42 @@ def _read(tensor: TensorInfo) -> np.ndarray:
     return values.astype(np.float32) if values.dtype.itemsize < 4 else np.asarray(values)
 
 
-def _read_fields(folder: Path) -> dict[str, Any]:
-    path = folder / CONFIG_FILE
-    try:
-        return msgspec.json.decode(path.read_bytes(), type=dict[str, Any])
-    except OSError as error:
-        raise StorageError(f"{path}: {error.strerror}. Name an adapter folder.") from error
-    except (msgspec.DecodeError, UnicodeDecodeError) as error:
-        raise ConfigError(f"{path}: is not a JSON object: {error}. Download it again.") from error
+def _own_names(index: Mapping[str, TensorInfo]) -> dict[str, TensorInfo]:
+    """The tensors by the names of what trains whole, such as `lm_head.weight`.
 
-
-def _check_options(
-    fields: Mapping[str, Any], lora: LoraConfig, patterns: tuple[Mapping[str, Any], Mapping[str, Any]], folder: Path
-) -> None:
-    where = folder / CONFIG_FILE
-    ours = {"r": ("rank", lora.rank), "lora_alpha": ("alpha", lora.alpha)}
-    ours |= {"use_rslora": ("use_rslora", lora.use_rslora), "use_dora": ("use_dora", lora.use_dora)}
-    errors = [
-        f"config.lora.{name}: is {value!r}, and {where} has {key} {fields.get(key, False)!r}. Set it to that."
-        for key, (name, value) in ours.items()
-        if fields.get(key, False) != value
-    ]
-    errors += [
-        f"{where}: {key} is {fields[key]!r}; only {accepted[0]!r} is supported."
-        for key, accepted in _ONLY_VALUES.items()
-        if fields.get(key, accepted[0]) not in accepted
-    ]
-    errors += [
-        f"{where}: {key} is {fields[key]!r}; only one rank and alpha for all is supported."
-        for key, ours_of_fused in zip(("rank_pattern", "alpha_pattern"), patterns, strict=True)
-        if fields.get(key) and fields[key] != ours_of_fused
-    ]
-    if errors:
-        raise ConfigError("\n".join(errors))
+    Where the vocabulary was changed too, PEFT saves such a module once more as it is in memory, as
+    `lm_head.modules_to_save.weight`, and the base's beside it, as `lm_head.original_module.weight`.
+    """
+    tensors: dict[str, TensorInfo] = {}
+    for name, tensor in index.items():
+        if ".original_module." in name:
+            continue
+        first = tensors.setdefault(name.replace(".modules_to_save.", "."), tensor)
+        if first is not tensor and not np.array_equal(_read(first), _read(tensor)):
+            raise StorageError(
+                f"{tensor} differs from {first}, which is the same weight. Save the adapter again by PEFT."
+            )
+    return tensors
 
 
 def _check_tensors(index: Mapping[str, TensorInfo], tensors: list[AdapterTensor], folder: Path) -> None:
     wanted = {tensor.name: tensor for tensor in tensors}
     for name, tensor in wanted.items():
+        if name not in index and name == _PREFIX + HEAD.hf_name and tensor.rules[0] is EMBEDDING:
+            raise StorageError(
+                f"{folder / WEIGHTS_FILE}: has an embedding and no {name}, so PEFT left the head as it was, and this "
+                f"model ties the two. Train it by PEFT with ensure_weight_tying, or {_MERGE}."
+            )
         if name not in index:
             raise StorageError(
                 f"{folder / WEIGHTS_FILE}: has no tensor {name}, which config.lora.targets or "
                 "modules_to_save ask for. Set them to what the adapter has."
+            )
+        if tensor.rules[0] in (EMBEDDING, HEAD) and index[name].shape[:1] != tensor.shape[:1]:
+            raise StorageError(
+                f"{index[name]} is {list(index[name].shape)}; expected {list(tensor.shape)}: another vocabulary. "
+                "Name the same tokens in config.data.new_tokens, or resize the base by transformers, and set "
+                "config.model.path to that."
             )
         if index[name].shape not in (tensor.shape, _shared_shape(tensor)):
             raise StorageError(f"{index[name]} is {list(index[name].shape)}; expected {list(tensor.shape)}. Same base?")
@@ -345,10 +328,24 @@ def _check_tensors(index: Mapping[str, TensorInfo], tensors: list[AdapterTensor]
             raise StorageError(f"{index[name]} has dtype {index[name].dtype.name}; expected floating point.")
     unknown = sorted(index.keys() - wanted.keys())
     if unknown:
-        raise StorageError(
-            f"{folder / WEIGHTS_FILE}: holds {len(unknown)} tensors that config.lora would not use, such as "
-            f"{unknown[0]}. Add their modules to config.lora.targets or modules_to_save."
+        raise StorageError(f"{folder / WEIGHTS_FILE}: {_describe_unknown(unknown)}")
+
+
+def _describe_unknown(names: list[str]) -> str:
+    modules = [rule.hf_name.removesuffix(".weight") for rule in (EMBEDDING, HEAD)]
+    for name, module in itertools.product(names, modules):
+        if not name.startswith(f"{_PREFIX}{module}."):
+            continue
+        if name != f"{_PREFIX}{module}.weight":
+            return f"{name} is of an adapter of {module}, which trains whole here or not at all. For that, {_MERGE}."
+        return (
+            f"holds all of {name}, as PEFT saves it after a change of the vocabulary, and config.lora does not. "
+            f"Add {module} to config.lora.modules_to_save."
         )
+    return (
+        f"holds {len(names)} tensors that config.lora would not use, such as {names[0]}. Add their modules to "
+        "config.lora.targets or modules_to_save."
+    )
 
 
 def _shared_shape(tensor: AdapterTensor) -> tuple[int, ...]:

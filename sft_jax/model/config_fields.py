@@ -1,5 +1,6 @@
 """A JSON object of settings -> its values, each taken once and checked; what nobody took is left to be refused."""
 
+from collections.abc import Collection
 from typing import Any
 
 from sft_jax.datatypes import ConfigError
@@ -23,10 +24,23 @@ class Fields:
         """
         return self._check(name, kind, self.rest.pop(name, None), default)
 
-    def take_optional(self, name: str, kind: type, default: Any) -> Any:
-        """As `take`, but null means None and not the default."""
+    def take_optional(self, name: str, kind: type, default: Any, null: Any = None) -> Any:
+        """As `take`, but null means `null` and not the default."""
         is_null = name in self.rest and self.rest[name] is None
-        return None if is_null and not self.rest.pop(name) else self.take(name, kind, default)
+        return null if is_null and not self.rest.pop(name) else self.take(name, kind, default)
+
+    def take_list(self, name: str, kind: type, default: Any = REQUIRED) -> Any:
+        """As `take`, of a list whose every element is of `kind`."""
+        values = enumerate(self.take(name, list, default))
+        return [self._check(f"{name}[{index}]", kind, value, REQUIRED) for index, value in values]
+
+    def refuse_nulls(self, names: Collection[str]) -> None:
+        """Raises ConfigError where one of these keys is there and null."""
+        for name, value in self.rest.items():
+            if value is None and name in names:
+                raise ConfigError(
+                    f"{self.where}: {name} is null, and transformers makes no model of that. Remove the key."
+                )
 
     def refuse_rest(self, harmless: frozenset[str], only: dict[str, Any], what: str) -> None:
         """Raises ConfigError unless every key that is left is null, harmless, or has its only supported value."""

@@ -78,6 +78,10 @@ class Family:
     """Keys that would change the numbers, and the one value that is supported (of an object: of its keys)."""
     harmless: frozenset[str] = frozenset()
     """Keys that change no number."""
+    nulls: frozenset[str] = frozenset()
+    """Keys that may be null, of those that may not be so in every family."""
+    divides_hidden: bool = False
+    """Whether transformers wants `hidden_size` to be a multiple of the number of heads."""
     moe: MoeKeys | None = None
     """Layers have mixtures of experts, described by these keys."""
     is_latent: bool = False
@@ -88,6 +92,7 @@ class Family:
     """Keys that are written besides, because transformers assumes something else."""
 
 
+_NULL_KV_HEADS = frozenset({"num_key_value_heads"})  # as many as there are query heads
 # Of transformers' training; ours are in config.loss.
 _ROUTER_LOSSES = frozenset({"router_aux_loss_coef", "output_router_logits"})
 _BLOCK_FP8 = {"quant_method": "fp8", "fmt": "e4m3", "weight_block_size": [128, 128]}
@@ -105,6 +110,7 @@ _GEMMA: dict[str, Any] = {
     "only": {"use_bidirectional_attention": False},
     "harmless": frozenset({"cache_implementation", "sliding_window_size"}),
 }
+_GEMMA_LATER: dict[str, Any] = {"nulls": frozenset({"attention_dropout", "hidden_act"}), "divides_hidden": True}
 _GEMMA_DEFAULTS = {"head_dim": 256, "activation": "gelu_tanh", "tie_word_embeddings": True}
 # Microsoft's folders name the code that came with them, which is never run: transformers' own is the same model.
 _PHI3_CODE = {
@@ -118,6 +124,8 @@ FAMILIES: dict[str, Family] = {
     "llama": Family(
         architecture="LlamaForCausalLM",
         options={"attention_bias": False, "mlp_bias": False},
+        nulls=_NULL_KV_HEADS | {"head_dim", "attention_dropout"},
+        divides_hidden=True,
     ),
     # Mistral 7B and Mistral-Small.
     "mistral": Family(
@@ -125,6 +133,7 @@ FAMILIES: dict[str, Family] = {
         defaults={"num_key_value_heads": 8, "max_position_embeddings": 131_072},
         windows="all",
         window=4096,
+        nulls=frozenset({"head_dim"}),
     ),
     # Qwen2 and Qwen2.5.
     "qwen2": Family(
@@ -134,6 +143,7 @@ FAMILIES: dict[str, Family] = {
         windows="last",
         window=4096,
         only={"use_mrope": False},
+        nulls=_NULL_KV_HEADS,
     ),
     "qwen3": Family(
         architecture="Qwen3ForCausalLM",
@@ -142,6 +152,7 @@ FAMILIES: dict[str, Family] = {
         defaults={"num_key_value_heads": 32, "head_dim": 128, "max_position_embeddings": 32_768},
         windows="last",
         window=4096,
+        nulls=_NULL_KV_HEADS,
     ),
     "gemma": Family(
         architecture="GemmaForCausalLM",
@@ -149,6 +160,7 @@ FAMILIES: dict[str, Family] = {
         options={"attention_bias": False},
         defaults=_GEMMA_DEFAULTS | {"num_key_value_heads": 16, "max_position_embeddings": 8192},
         activations={"gelu": "gelu_tanh"},  # as the first folders call it
+        nulls=frozenset({"hidden_activation"}),
         **_GEMMA,
     ),
     "gemma2": Family(
@@ -165,6 +177,7 @@ FAMILIES: dict[str, Family] = {
         window_period=2,
         window=4096,
         activation_key="hidden_activation",
+        **_GEMMA_LATER,
         **_GEMMA,
     ),
     "gemma3_text": Family(
@@ -182,6 +195,7 @@ FAMILIES: dict[str, Family] = {
         period_key="sliding_window_pattern",
         activation_key="hidden_activation",
         window=4096,
+        **_GEMMA_LATER,
         # transformers has the key and does not heed it.
         **_GEMMA | {"only": _GEMMA["only"] | {"attn_logit_softcapping": None}},
     ),
@@ -191,6 +205,7 @@ FAMILIES: dict[str, Family] = {
         fixed={"norms": "post", "qk_norm": "all"},
         options={"attention_bias": False},
         defaults={"rms_norm_eps": 1e-5},
+        nulls=_NULL_KV_HEADS,
     ),
     # Granite 3: Llama with four multipliers.
     "granite": Family(
@@ -203,6 +218,7 @@ FAMILIES: dict[str, Family] = {
             "residual_multiplier": 1.0,
             "logits_scaling": 1.0,
         },
+        nulls=_NULL_KV_HEADS,
     ),
     # Phi-3, Phi-3.5, Phi-4 and Phi-4-mini: fused tensors, see hf_names.
     "phi3": Family(
@@ -218,6 +234,7 @@ FAMILIES: dict[str, Family] = {
             "full_attn_mod": 1,
             "auto_map": _PHI3_CODE,
         },
+        nulls=_NULL_KV_HEADS,
     ),
     "mixtral": Family(
         architecture="MixtralForCausalLM",
@@ -230,6 +247,7 @@ FAMILIES: dict[str, Family] = {
         ),
         only={"router_jitter_noise": 0},
         harmless=_ROUTER_LOSSES,
+        nulls=frozenset({"head_dim"}),
     ),
     "qwen3_moe": Family(
         architecture="Qwen3MoeForCausalLM",
@@ -273,7 +291,6 @@ FAMILIES: dict[str, Family] = {
         window=128,
         moe=MoeKeys(
             num_experts=("num_local_experts", "num_experts"),
-            experts_per_token=("num_experts_per_tok", "experts_per_token"),
             fixed={"router_bias": True, "expert_bias": True},
             options={"swiglu_limit": ("clamp", float)},
             defaults={"num_local_experts": 128, "num_experts_per_tok": 4, "swiglu_limit": 7.0},
@@ -286,8 +303,9 @@ FAMILIES: dict[str, Family] = {
     # DeepSeek-V3 and R1, and what took over their code. The layers for multi-token prediction are left out.
     "deepseek_v3": Family(
         architecture="DeepseekV3ForCausalLM",
-        defaults={"max_position_embeddings": 4096},
+        defaults={"num_key_value_heads": 128, "max_position_embeddings": 4096},
         is_latent=True,
+        nulls=_NULL_KV_HEADS | {"attention_dropout", "norm_topk_prob"},
         moe=MoeKeys(
             num_experts=("n_routed_experts", "num_local_experts"),
             expert_dim="moe_intermediate_size",

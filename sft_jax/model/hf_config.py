@@ -34,6 +34,19 @@ _ONLY_VALUES: dict[str, Any] = {
     "quantization_config": None,
     "sliding_window": None,
 }
+# Keys that may be absent and not null: transformers refuses it, or fails. Some families allow some: Family.nulls.
+_NEVER_NULL = frozenset({
+    "attention_bias", "attention_dropout", "attention_multiplier", "auto_map", "decoder_sparse_step", "embd_pdrop",
+    "embedding_multiplier", "first_k_dense_replace", "head_dim", "hidden_act", "hidden_activation", "initializer_range",
+    "kv_lora_rank", "logits_scaling", "max_position_embeddings", "max_window_layers", "mlp_bias",
+    "moe_intermediate_size", "n_group", "n_routed_experts", "n_shared_experts", "norm_topk_prob", "num_experts",
+    "num_experts_per_tok", "num_key_value_heads", "num_local_experts", "num_mtp_layers",
+    "original_max_position_embeddings", "output_router_logits", "partial_rotary_factor", "qk_nope_head_dim",
+    "qk_rope_head_dim", "query_pre_attn_scalar", "resid_pdrop", "residual_multiplier", "rms_norm_eps",
+    "rope_local_base_freq", "rope_theta", "routed_scaling_factor", "router_aux_loss_coef", "router_jitter_noise",
+    "sliding_window_pattern", "swiglu_alpha", "swiglu_limit", "tie_word_embeddings", "topk_group", "use_cache",
+    "use_sliding_window", "v_head_dim",
+})  # fmt: skip
 # Where to go instead, for types that people will try.
 _INSTEAD = {
     "gemma3": "It holds images too. Load its text model with transformers, save that (its type is gemma3_text), and "
@@ -49,8 +62,8 @@ _SLIDING, _FULL = "sliding_attention", "full_attention"
 def read_hf_config(fields: dict[str, Any], where: str) -> TransformerConfig:
     """The fields of a `config.json` -> TransformerConfig.
 
-    Both spellings of rotary positions are read, transformers 4's and 5's. A key that is absent or null has the default
-    of the family's config class in transformers.
+    Both spellings of rotary positions are read, transformers 4's and 5's. A key that is absent has the default of the
+    family's config class in transformers; one that is null means what it means there, or is refused.
 
     Args:
       where: the file, for error messages.
@@ -64,6 +77,7 @@ def read_hf_config(fields: dict[str, Any], where: str) -> TransformerConfig:
         instead = _INSTEAD.get(name, f"Supported are {', '.join(FAMILIES)}.")
         raise ConfigError(f"{where}: model_type is {name!r}. {instead}")
     family = FAMILIES[name]
+    rest.refuse_nulls(_NEVER_NULL - family.nulls)
     try:
         config = TransformerConfig(family=name, **_take_values(rest, family))
     except ConfigError as error:
@@ -97,6 +111,8 @@ def _take_values(rest: Fields, family: Family) -> dict[str, Any]:
     if family.moe:
         mixtures = take_moe(rest, family.moe, num_layers, mlp_dim)
         layers = [dataclasses.replace(layer, moe=moe) for layer, moe in zip(layers, mixtures, strict=True)]
+    if family.divides_hidden and num_heads > 0 and embed_dim % num_heads:
+        raise ConfigError(f"hidden_size is {embed_dim}; expected a multiple of {num_heads} heads, as in transformers.")
     latent = take_latent(rest) if family.is_latent else None
     values: dict[str, Any] = {
         "vocab_size": rest.take("vocab_size", int),
@@ -169,7 +185,7 @@ def _take_layers(
         kinds = [_SLIDING if window is not None and layer >= first else _FULL for layer in range(num_layers)]
     else:
         kinds = _periodic_kinds(num_layers, _take_period(rest, family))
-    kinds = rest.take("layer_types", list, kinds)
+    kinds = rest.take_list("layer_types", str, kinds)
     if len(kinds) != num_layers or set(kinds) - {_SLIDING, _FULL}:
         raise ConfigError(f"layer_types is {kinds}; expected {num_layers} of {_SLIDING} and {_FULL}.")
     if _SLIDING in kinds and window is None:

@@ -16,7 +16,6 @@ class MoeKeys:
 
     num_experts: tuple[str, ...]
     """Names of the one key; the first is written."""
-    experts_per_token: tuple[str, ...] = ("num_experts_per_tok",)
     expert_dim: str | None = None
     """None: `intermediate_size`."""
     fixed: Mapping[str, Any] = field(default_factory=dict)
@@ -34,21 +33,30 @@ class MoeKeys:
 
 def take_moe(fields: Fields, keys: MoeKeys, num_layers: int, mlp_dim: int) -> list[MoeConfig | None]:
     """Remove the keys -> the mixture of every layer, first to last; None: a plain MLP."""
-    values = {name: fields.take(key, kind, keys.defaults.get(key)) for key, (name, kind) in keys.options.items()}
+    values = {  # null is as good as false
+        name: fields.take_optional(key, kind, keys.defaults.get(key), null=False)
+        for key, (name, kind) in keys.options.items()
+    }
     values |= {
         "num_experts": _take_one(fields, keys.num_experts, keys.defaults),
-        "experts_per_token": _take_one(fields, keys.experts_per_token, keys.defaults),
+        "experts_per_token": fields.take("num_experts_per_tok", int, keys.defaults["num_experts_per_tok"]),
         "expert_dim": fields.take(keys.expert_dim, int, keys.defaults[keys.expert_dim]) if keys.expert_dim else mlp_dim,
     }
     if keys.shared:
         values["shared_dim"] = fields.take(keys.shared, int, keys.defaults[keys.shared]) * values["expert_dim"]
     moe = MoeConfig(**values, **keys.fixed)
+    # gpt-oss' folders have both; transformers reads the first.
+    other = fields.take("experts_per_token", int, moe.experts_per_token)
+    if other != moe.experts_per_token:
+        raise ConfigError(
+            f"experts_per_token is {other}, and num_experts_per_tok {moe.experts_per_token}. Remove the first."
+        )
     if keys.placed == "all":
         return [moe] * num_layers
     if keys.placed == "after_first":
         first = fields.take("first_k_dense_replace", int, keys.defaults["first_k_dense_replace"])
         return [moe if layer >= first else None for layer in range(num_layers)]
-    step, plain = fields.take("decoder_sparse_step", int, 1), fields.take("mlp_only_layers", list, [])
+    step, plain = fields.take("decoder_sparse_step", int, 1), fields.take_list("mlp_only_layers", int, [])
     if step < 1:
         raise ConfigError(f"decoder_sparse_step is {step}; expected at least 1.")
     return [None if layer in plain or (layer + 1) % step else moe for layer in range(num_layers)]
@@ -78,7 +86,7 @@ def moe_fields(keys: MoeKeys, layers: Sequence[MoeConfig | None]) -> dict[str, A
 def _size_fields(keys: MoeKeys, moe: MoeConfig) -> dict[str, Any]:
     fields: dict[str, Any] = {key: getattr(moe, name) for key, (name, _) in keys.options.items()}
     fields[keys.num_experts[0]] = moe.num_experts
-    fields[keys.experts_per_token[0]] = moe.experts_per_token
+    fields["num_experts_per_tok"] = moe.experts_per_token
     if keys.expert_dim:
         fields[keys.expert_dim] = moe.expert_dim
     if keys.shared:
@@ -94,7 +102,7 @@ def take_latent(fields: Fields) -> LatentConfig:
         plain_dim=fields.take("qk_nope_head_dim", int, 128),
         rope_dim=fields.take("qk_rope_head_dim", int, 64),
         value_dim=fields.take("v_head_dim", int, 128),
-        interleaved=fields.take("rope_interleave", bool, True),
+        interleaved=fields.take_optional("rope_interleave", bool, True, null=False),
         use_bias=fields.take("attention_bias", bool, False),
     )
     # What transformers derives and stores beside them.

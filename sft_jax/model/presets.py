@@ -1,7 +1,9 @@
 """The usual sizes by name, in the words of the config.json that each comes from.
 
 The sources are https://huggingface.co/<source>/blob/main/config.json; tests/model/test_presets.py holds the published
-numbers of parameters.
+numbers of parameters. Besides, comments name public copies of a config.json that all of a preset's values were compared
+with. Llama 3.1 8B and 70B, Qwen3, Qwen3-30B-A3B, gpt-oss and DeepSeek-V3: hf_model_configs.py of
+https://github.com/AI-Hypercomputer/maxtext. Values of the others beyond the sizes are written from memory.
 """
 
 import dataclasses
@@ -93,6 +95,13 @@ _GRANITE3 = {
     "residual_multiplier": 0.22,
 }
 _TIED = {"tie_word_embeddings": True}
+_PHI4_MINI_LONG = [
+    1, 1.118320672, 1.250641126, 1.398617824, 1.564103225, 1.74916897, 1.956131817, 2.187582649, 2.446418898,
+    2.735880826, 3.059592084, 3.421605075, 3.826451687, 4.279200023, 4.785517845, 5.351743533, 5.984965424, 6.693110555,
+    7.485043894, 8.370679318, 9.36110372, 10.4687158, 11.70738129, 13.09260651, 14.64173252, 16.37415215, 18.31155283,
+    20.47818807, 22.90118105, 25.61086418, 28.64115884, 32.03, 32.1, 32.13, 32.23, 32.6, 32.61, 32.64, 32.66, 32.7,
+    32.71, 32.93, 32.97, 33.28, 33.49, 33.5, 44.16, 47.77,
+]  # fmt: skip
 
 TABLE: dict[str, Preset] = {
     # The embedded testbed's base model: 0.87M parameters, pretrained in minutes on a CPU.
@@ -128,7 +137,7 @@ TABLE: dict[str, Preset] = {
         "mistral", "mistralai/Mistral-Nemo-Instruct-2407", (40, 5120, 14336, 32, 8), 131_072, **_MISTRAL,
         rope_theta=1_000_000.0, max_position_embeddings=131_072,
     ),
-    "mistral-small-24b": _preset(
+    "mistral-small-24b": _preset(  # all as in a copy
         "mistral", "mistralai/Mistral-Small-24B-Base-2501", (40, 5120, 32768, 32, 8), 131_072, **_MISTRAL,
         rope_theta=100_000_000.0, max_position_embeddings=32_768,
     ),
@@ -147,6 +156,7 @@ TABLE: dict[str, Preset] = {
     "qwen2.5-7b": _preset(
         "qwen2", "Qwen/Qwen2.5-7B", (28, 3584, 18944, 28, 4), 152_064, **_QWEN25, max_position_embeddings=131_072
     ),
+    # The bases' eps; of 32B as a published copy has it. The Instruct models have 1e-6.
     "qwen2.5-14b": _preset(
         "qwen2", "Qwen/Qwen2.5-14B", (48, 5120, 13824, 40, 8), 152_064, **_QWEN25, rms_norm_eps=1e-5,
         max_position_embeddings=131_072,
@@ -193,9 +203,15 @@ TABLE: dict[str, Preset] = {
     "phi3-medium-4k": _preset(
         "phi3", "microsoft/Phi-3-medium-4k-instruct", (40, 5120, 17920, 40, 10), 32_064, sliding_window=2047
     ),
-    "phi4": _preset(
+    "phi4": _preset(  # rope_theta and max_position_embeddings as in a copy
         "phi3", "microsoft/phi-4", (40, 5120, 17920, 40, 10), 100_352, rope_theta=250_000.0,
         max_position_embeddings=16_384, original_max_position_embeddings=16_384,
+    ),
+    # As in three copies, one of revision cfbefacb9925.
+    "phi4-mini": _preset(
+        "phi3", "microsoft/Phi-4-mini-instruct", (32, 3072, 8192, 24, 8), 200_064, **_TIED, sliding_window=262_144,
+        partial_rotary_factor=0.75, max_position_embeddings=131_072, original_max_position_embeddings=4096,
+        rope_scaling={"type": "longrope", "short_factor": [1.0] * 48, "long_factor": _PHI4_MINI_LONG},
     ),
     "olmo2-1b": _preset("olmo2", "allenai/OLMo-2-0425-1B", (16, 2048, 8192, 16, 16), 100_352, **_OLMO2),
     "olmo2-7b": _preset("olmo2", "allenai/OLMo-2-1124-7B", (32, 4096, 11008, 32, 32), 100_352, **_OLMO2),
@@ -205,7 +221,7 @@ TABLE: dict[str, Preset] = {
         "granite", "ibm-granite/granite-3.1-2b-instruct", (40, 2048, 8192, 32, 8), 49_155, **_GRANITE3,
         rope_theta=5_000_000.0, attention_multiplier=0.015625, logits_scaling=8.0,
     ),
-    "granite3.1-8b": _preset(
+    "granite3.1-8b": _preset(  # multipliers and theta as in a copy of 3.3's
         "granite", "ibm-granite/granite-3.1-8b-instruct", (40, 4096, 12800, 32, 8), 49_155, **_GRANITE3,
         rope_theta=10_000_000.0, attention_multiplier=0.0078125, logits_scaling=16.0,
     ),

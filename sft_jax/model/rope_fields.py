@@ -18,6 +18,10 @@ from sft_jax.model.rope import (
 )
 
 _KINDS = ("full_attention", "sliding_attention")
+# Of an object that describes a scaling: keys that may be absent and not null, as in _NEVER_NULL of hf_config.
+_NEVER_NULL = frozenset({
+    "rope_type", "type", "rope_theta", "partial_rotary_factor", "original_max_position_embeddings", "truncate",
+})  # fmt: skip
 
 
 class RopeDefaults(NamedTuple):
@@ -42,7 +46,8 @@ def take_ropes(fields: Fields, defaults: RopeDefaults, max_position: int) -> tup
     if old is not None and new is not None:
         raise ConfigError(f"{fields.where}: has both rope_scaling and rope_parameters. Remove one of them.")
     outer = _Outer(
-        theta=fields.take("rope_theta", float, None),
+        theta=_take_theta(fields, "rope_theta"),
+        theta_key="rope_theta",
         fraction=fields.take("partial_rotary_factor", float, None),
         original=fields.take("original_max_position_embeddings", int, defaults.original_max_position),
         max_position=max_position,
@@ -50,14 +55,16 @@ def take_ropes(fields: Fields, defaults: RopeDefaults, max_position: int) -> tup
         is_partial=defaults.is_partial,
     )
     name = "rope_scaling" if old is not None else "rope_parameters"
-    values = old or new or defaults.scaling or {}
+    values = old or (new if new is not None else defaults.scaling or {})  # {} is a scaling in the newer spelling only
     if defaults.local_theta is None:
         rope = _read_rope(Fields(values, f"{fields.where}: {name}"), outer, defaults.theta)
         return rope, rope
-    local = outer._replace(theta=fields.take("rope_local_base_freq", float, None))
-    nested = {kind: values.get(kind) or {} for kind in _KINDS} if new else {_KINDS[0]: values, _KINDS[1]: {}}
+    local_key = "rope_local_base_freq"
+    local = outer._replace(theta=_take_theta(fields, local_key), theta_key=local_key)
     if new and new.keys() - set(_KINDS):
         raise ConfigError(f"{fields.where}: rope_parameters has {', '.join(new)}; expected {' and '.join(_KINDS)}.")
+    within = Fields(new or {}, f"{fields.where}: rope_parameters")
+    nested = {kind: within.take(kind, dict, {}) for kind in _KINDS} if new else {_KINDS[0]: values, _KINDS[1]: {}}
     full, sliding = (Fields(nested[kind], f"{fields.where}: {name}.{kind}") for kind in _KINDS)
     return _read_rope(full, outer, defaults.theta), _read_rope(sliding, local, defaults.local_theta)
 
@@ -66,6 +73,7 @@ class _Outer(NamedTuple):
     """What stands beside the object that describes a scaling."""
 
     theta: float | None
+    theta_key: str
     fraction: float | None
     original: int | None
     max_position: int
@@ -74,14 +82,18 @@ class _Outer(NamedTuple):
 
 
 def _read_rope(fields: Fields, outer: _Outer, default_theta: float) -> RopeConfig:
-    theta = _agree(fields, "rope_theta", float, outer.theta)
+    fields.refuse_nulls(_NEVER_NULL)
+    theta = _take_theta(fields, "rope_theta")
+    if theta is not None and outer.theta not in (None, theta):
+        raise ConfigError(
+            f"{fields.where}: rope_theta is {theta}, and beside it {outer.theta_key} {outer.theta}. Remove one of them."
+        )
+    theta = outer.theta if theta is None else theta
     fraction = _agree(fields, "partial_rotary_factor", float, outer.fraction)
     if fraction not in (None, 1) and not outer.is_partial:
         raise ConfigError(
             f"{fields.where}: partial_rotary_factor is {fraction}; this family turns every dim. Remove the key."
         )
-    if theta is not None and not 1 < theta < math.inf:
-        raise ConfigError(f"{fields.where}: rope_theta is {theta}; expected a number above 1.")
     kind = fields.take("rope_type", str, fields.take("type", str, "default"))
     if kind not in outer.types:
         raise ConfigError(f"{fields.where}: rope_type is {kind!r}; expected one of {', '.join(outer.types)}.")
@@ -92,6 +104,13 @@ def _read_rope(fields: Fields, outer: _Outer, default_theta: float) -> RopeConfi
     return RopeConfig(
         theta=default_theta if theta is None else theta, fraction=1.0 if fraction is None else fraction, scaling=scaling
     )
+
+
+def _take_theta(fields: Fields, name: str) -> float | None:
+    theta: float | None = fields.take(name, float, None)
+    if theta is not None and not 1 < theta < math.inf:
+        raise ConfigError(f"{fields.where}: {name} is {theta}; expected a number above 1.")
+    return theta
 
 
 def _agree(fields: Fields, name: str, kind: type, outer: Any) -> Any:
@@ -144,7 +163,8 @@ def _read_llama3(fields: Fields, outer: _Outer) -> Llama3Scaling:
 
 def _read_yarn(fields: Fields, outer: _Outer) -> YarnScaling:
     original = _original(fields, outer)
-    factor = _take_positive(fields, "factor", outer.max_position / original)
+    of_lengths = outer.max_position / original if "factor" in fields.rest else REQUIRED  # where it is null, not absent
+    factor = _take_positive(fields, "factor", of_lengths)
     scales = fields.take("mscale", float, 0.0), fields.take("mscale_all_dim", float, 0.0)
     return YarnScaling(
         factor=factor,
@@ -167,13 +187,13 @@ def _yarn_attention_factor(factor: float, mscale: float, mscale_all_dim: float) 
 def _read_longrope(fields: Fields, outer: _Outer) -> LongRopeScaling:
     original = _original(fields, outer)
     factor = _take_positive(fields, "factor", outer.max_position / original)
-    short, long = (fields.take(f"{name}_factor", list) for name in ("short", "long"))
+    short, long = (fields.take_list(f"{name}_factor", float) for name in ("short", "long"))
     for name, factors in (("short_factor", short), ("long_factor", long)):
-        if not all(type(value) in (int, float) and value > 0 for value in factors):
+        if not all(0 < value < math.inf for value in factors):
             raise ConfigError(f"{fields.where}: {name} is {factors!r}; expected numbers above 0.")
     return LongRopeScaling(
-        short=tuple(map(float, short)),
-        long=tuple(map(float, long)),
+        short=tuple(short),
+        long=tuple(long),
         original_max_position=original,
         attention_factor=_take_positive(fields, "attention_factor", _longrope_attention_factor(factor, original)),
     )

@@ -1,3 +1,5 @@
+import math
+
 import pytest
 
 from sft_jax.datatypes import ConfigError
@@ -71,6 +73,10 @@ def test_absent_keys_have_llamas_defaults():
         ),
         ({"num_hidden_layers": 10_000_000}, "num_hidden_layers is 10000000; expected at most 1000"),
         ({"hidden_size": 10**400}, "hidden_size has more digits"),
+        ({"tie_word_embeddings": None}, "tie_word_embeddings is null"),
+        ({"rope_scaling": {"rope_type": "yarn", "factor": 2.0, "truncate": None}}, "truncate is null"),
+        ({"rope_scaling": {"rope_type": "yarn"}}, "has no factor"),
+        ({"num_attention_heads": 24, "num_key_value_heads": 24, "head_dim": 128}, "a multiple of 24 heads"),
         ({"rms_norm_eps": 10**400}, "rms_norm_eps has more digits"),
     ],
 )
@@ -91,6 +97,10 @@ def mixture_fields(preset, **changes):
         ("mixtral-8x7b", {"num_experts": 4}, "num_local_experts and num_experts are 8 and 4"),
         ("mixtral-8x7b", {"num_experts_per_tok": 9}, "8 to choose from"),
         ("qwen3-30b-a3b", {"decoder_sparse_step": 0}, "decoder_sparse_step is 0"),
+        ("qwen3-30b-a3b", {"norm_topk_prob": None}, "norm_topk_prob is null"),
+        ("qwen3-30b-a3b", {"mlp_only_layers": ["1"]}, "mlp_only_layers[0] is '1'"),
+        ("gpt-oss-20b", {"experts_per_token": 3}, "experts_per_token is 3, and num_experts_per_tok 4"),
+        ("deepseek-v3", {"topk_group": None}, "topk_group is null"),
         ("gpt-oss-20b", {"swiglu_alpha": 1.0}, "swiglu_alpha is 1.0"),
         ("gpt-oss-20b", {"quantization_config": {"quant_method": "bitsandbytes"}}, "quantization_config is"),
         ("deepseek-v3", {"scoring_func": "softmax"}, "scoring_func is 'softmax'"),
@@ -103,6 +113,14 @@ def test_what_a_mixture_would_ignore_is_refused_by_name(preset, changes, named):
     with pytest.raises(ConfigError, match=r"^my/config.json: ") as caught:
         read_hf_config(mixture_fields(preset, **changes), "my/config.json")
     assert named in str(caught.value)
+
+
+def test_null_is_false_where_transformers_asks_whether_it_is_true():
+    for key in ("norm_topk_prob", "rope_interleave"):
+        configs = [
+            read_hf_config(mixture_fields("deepseek-v3", **{key: value}), "config.json") for value in (None, False)
+        ]
+        assert configs[0] == configs[1] != PRESETS["deepseek-v3"]
 
 
 def test_published_folders_of_codes_are_read():
@@ -145,6 +163,10 @@ SMALL = {
 }  # fmt: skip
 
 
+def longrope(short):
+    return {"rope_scaling": {"type": "longrope", "short_factor": short, "long_factor": [1.0] * 4}}
+
+
 @pytest.mark.parametrize(
     ("family", "changes", "named"),
     [
@@ -169,6 +191,20 @@ SMALL = {
         ("gemma2", {"attn_logit_softcapping": -1.0}, "attention_softcap is -1.0"),
         ("gemma3_text", {"attn_logit_softcapping": 50.0}, "attn_logit_softcapping is 50.0"),
         ("gemma3_text", {"rope_parameters": {"rope_type": "default"}}, "expected full_attention and sliding_attention"),
+        ("gemma3_text", {"rope_parameters": {"full_attention": "x"}}, "full_attention is 'x'; expected dict"),
+        ("gemma3_text", {"rope_local_base_freq": 0.5}, "rope_local_base_freq is 0.5"),
+        ("gemma3_text", {"rope_local_base_freq": None}, "rope_local_base_freq is null"),
+        (
+            "gemma3_text",
+            {"rope_local_base_freq": 50.0, "rope_parameters": {"sliding_attention": {"rope_theta": 60.0}}},
+            "rope_theta is 60.0, and beside it rope_local_base_freq 50.0",
+        ),
+        ("gemma2", {"layer_types": [{}, "full_attention"] * 2}, "layer_types[0] is {}"),
+        ("phi3", longrope([math.inf, 1.0, 1.0, 1.0]), "short_factor is [inf"),
+        ("phi3", longrope([math.nan, 1.0, 1.0, 1.0]), "short_factor is [nan"),
+        ("phi3", longrope([1.0, 10**400, 1.0, 1.0]), "short_factor[1] has more digits"),
+        ("phi3", longrope([1.0, None, 1.0, 1.0]), "has no short_factor[1]"),
+        ("phi3", longrope([1.0, True, 1.0, 1.0]), "short_factor[1] is True"),
         ("phi3", {"rope_scaling": {"type": "yarn", "factor": 2.0}}, "'yarn'"),
         ("phi3", {"rope_scaling": {"type": "longrope", "short_factor": [1.0], "long_factor": [1.0]}}, "1 short and 1"),
         ("phi3", {"auto_map": {"AutoModelForCausalLM": "elsewhere.Phi3ForCausalLM"}}, "auto_map"),
@@ -181,6 +217,15 @@ def test_a_family_refuses_what_it_would_ignore(family, changes, named):
     with pytest.raises(ConfigError, match=r"^config.json: ") as caught:
         read_hf_config({"model_type": family} | SMALL | changes, "config.json")
     assert named in str(caught.value)
+
+
+def test_an_empty_scaling_is_none_in_the_newer_spelling_only():
+    def scaling(**fields):
+        (layer, *_) = list_layers(read_hf_config({"model_type": "gpt_oss"} | SMALL | fields, "config.json"))
+        return layer.rope.scaling
+
+    assert scaling(rope_parameters={}) is None
+    assert scaling(rope_scaling={}) == scaling() is not None
 
 
 def test_layers_with_a_window_are_found():

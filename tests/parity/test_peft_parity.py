@@ -1,6 +1,7 @@
 """Live, beside peft: what we export it loads, what it saves we go on from, and the logits are the same both ways; and a
 quantized base is the model of its decoded weights."""
 
+import dataclasses
 import json
 from pathlib import Path
 from typing import Any
@@ -50,6 +51,8 @@ VARIANTS: dict[str, tuple[dict[str, Any] | str, dict[str, Any]]] = {
     "saved_tied": (TIED, dict(modules_to_save=("embed_tokens", "model.norm"))),
     "layers_in_groups": ("gemma3_text", dict(targets=("q_proj", "up_proj"))),
     "beside_experts": ("mixtral", dict(targets=("q_proj", "o_proj"))),
+    "attention_of_qwen3_moe": ("qwen3_moe", dict(targets=ALL[:4])),
+    "attention_of_gpt_oss": ("gpt_oss", dict(targets=ALL[:4])),
     "latent": ("deepseek_v3", dict(targets=("q_a_proj", "q_b_proj", "kv_a_proj_with_mqa", "kv_b_proj", "o_proj"))),
     "fused": ("phi3", dict(targets=FUSED)),
     "fused_dora_rslora": ("phi3", dict(targets=FUSED, use_dora=True, use_rslora=True)),
@@ -149,3 +152,24 @@ def test_we_go_on_from_what_peft_saves(variant, tmp_path: Path) -> None:
     placed = place(folder, lora | {"init_from": str(tmp_path / "again")})
     once_more, _ = placed.open_params()
     assert all(np.array_equal(once_more[path], trainable[path]) for path in trainable)
+
+
+@pytest.mark.parametrize("trained", [None, ["embed_tokens", "lm_head"]], ids=["resized", "resized_and_trained"])
+def test_we_go_on_from_a_changed_vocabulary(trained: list[str] | None, tmp_path: Path) -> None:
+    random_llama(seed=1, **UNTIED).save_pretrained(tmp_path / "base")
+    resized = load_base(tmp_path / "base")
+    resized.resize_token_embeddings(100, mean_resizing=False)
+    options = {"r": 4, "target_modules": ["q_proj"], "modules_to_save": trained, "task_type": "CAUSAL_LM"}
+    theirs = peft.get_peft_model(resized, peft.LoraConfig(**options))
+    with torch.no_grad():
+        for parameter in theirs.parameters():
+            if parameter.requires_grad:
+                parameter.add_(torch.randn_like(parameter) * 0.1)
+    theirs.save_pretrained(tmp_path / "adapter")
+    assert "base_model.model.lm_head.weight" in read_tensors(tmp_path / "adapter")
+
+    whole = {"modules_to_save": ("embed_tokens", "lm_head"), "init_from": str(tmp_path / "adapter")}
+    placed = place(tmp_path / "base", dict(rank=4, alpha=8.0, targets=("q_proj",)) | whole)
+    placed = dataclasses.replace(placed, model=dataclasses.replace(placed.model, vocab_size=100))
+    trainable, frozen = placed.open_params()
+    np.testing.assert_allclose(our_logits(placed, trainable | frozen), their_logits(theirs.eval()), atol=2e-4)

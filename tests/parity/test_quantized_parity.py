@@ -70,7 +70,7 @@ def test_logits_are_those_of_transformers_with_the_decoded_weights(form: str, tm
             axis = len(placed.kernels[module].ins) - 1
             for layer, name in enumerate(rule.hf_names()):
                 codes, scales = (np.asarray(params[f"{module}.{part}"][layer]) for part in (form, quantized.SCALES))
-                weights[name].copy_(torch.tensor(rule.to_hf(decode(codes, scales, axis, form))))
+                rule.from_hf(weights[name].numpy(), model)[...] = decode(codes, scales, axis, form)
         expected = theirs(input_ids=torch.tensor(ids, dtype=torch.long)).logits.numpy()
     assert np.abs(expected).max() > 1
     np.testing.assert_allclose(ours, expected, atol=2e-4)
