@@ -2,8 +2,9 @@
 
 The sources are https://huggingface.co/<source>/blob/main/config.json; tests/model/test_presets.py holds the published
 numbers of parameters. Besides, comments name public copies of a config.json that all of a preset's values were compared
-with. Llama 3.1 8B and 70B, Qwen3, Qwen3-30B-A3B, gpt-oss and DeepSeek-V3: hf_model_configs.py of
-https://github.com/AI-Hypercomputer/maxtext. Values of the others beyond the sizes are written from memory.
+with. Llama 3.1 8B and 70B, Qwen3, gpt-oss, DeepSeek-V3, and Qwen3-30B-A3B but for its max_position_embeddings, of which
+it has the base's: hf_model_configs.py of https://github.com/AI-Hypercomputer/maxtext. Values of the others beyond the
+sizes are written from memory.
 """
 
 import dataclasses
