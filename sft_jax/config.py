@@ -126,7 +126,7 @@ _CHOICES: dict[str, tuple[str, ...]] = {
     "model.param_dtype": ("float32", "bfloat16", "float64"),
     "model.frozen_dtype": ("", "float32", "bfloat16", "float64"),
     "model.compute_dtype": ("float32", "bfloat16", "float64"),
-    "model.attention": ("reference",),
+    "model.attention": ("reference", "splash"),
     "model.remat": ("none", "dots", "full"),
     "data.packing": ("best_fit", "none"),
     "data.supervise": ("all", "last", "weighted"),

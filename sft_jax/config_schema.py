@@ -40,7 +40,7 @@ class ModelConfig:
     compute_dtype: str = "bfloat16"
     """dtype of activations and matmuls; the loss is at least float32 in any case."""
     attention: str = "reference"
-    """Attention kernel by name."""
+    """Attention kernel by name: reference, which runs anywhere, or splash, for TPUs."""
     remat: str = "full"
     """What is recomputed in the backward pass: none, dots (all but matmul outputs), full (all but layer inputs)."""
     freeze: tuple[str, ...] = ()

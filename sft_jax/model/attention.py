@@ -18,6 +18,7 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+from jax.sharding import AbstractMesh, Mesh
 
 from sft_jax.datatypes import ConfigError
 from sft_jax.typing import Array, Bool, Float, Int
@@ -57,6 +58,7 @@ def attend(
     scores: Scores,
     kv_rows: Rows | None = None,
     sinks: Float[Array, " N"] | None = None,
+    mesh: Mesh | AbstractMesh | None = None,
 ) -> Float[Array, "B L N Hv"]:
     """Attention by the kernel called `name` (config.model.attention). A kernel that cannot do what is asked says so.
 
@@ -65,13 +67,22 @@ def attend(
       kv_rows: where the keys stand; None: the queries and keys are the same packed rows, in which a segment is
         contiguous and its positions count up, so that no key to the right of a query is ever seen.
       sinks: for each head a score beside those of the tokens, which takes its share of attention and gives nothing.
+      mesh: where rows and heads are split; None: one device.
 
     Raises:
-      ConfigError: for an unknown name.
+      ConfigError: for an unknown name, or what that kernel cannot do.
     """
     if name == "reference":
         return reference(q, k, v, rows, scores, kv_rows, sinks)
-    raise ConfigError(f"config.model.attention: is {name!r}; expected 'reference'.")
+    if name != "splash":
+        raise ConfigError(f"config.model.attention: is {name!r}; expected 'reference' or 'splash'.")
+    if kv_rows is not None:
+        raise ConfigError(
+            "config.model.attention: 'splash' is for packed rows, and these queries read a cache. Set 'reference'."
+        )
+    from sft_jax.model.splash import attend_splash  # only now: Pallas is slow to import, and needs this module's types
+
+    return attend_splash(q, k, v, rows, scores, sinks, mesh)
 
 
 def reference(

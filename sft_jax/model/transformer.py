@@ -130,7 +130,8 @@ class Transformer(nnx.Module):
             rope, scores = ropes[layer.rope], self._scores(layer)
 
             def attend_rows(q: Array, k: Array, v: Array, sinks: Array | None = None) -> tuple[Array, None]:
-                return attend(attention, rotate(q, rope), rotate(k, rope), v, rows, scores, sinks=sinks), None
+                turned = rotate(q, rope), rotate(k, rope)
+                return attend(attention, *turned, v, rows, scores, sinks=sinks, mesh=mesh), None
 
             return attend_rows
 
