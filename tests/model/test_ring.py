@@ -31,3 +31,32 @@ def test_it_gives_the_references_values_and_gradients(axes, lengths, softcap):
     inputs, rows, scores = make_inputs(length=length), pack_rows(*lengths, length=length), Scores(0.125, None, softcap)
     found = run("splash", inputs, rows, scores, mesh=make_mesh(**axes))
     assert_same(found, run("reference", inputs, rows, scores))
+
+
+def test_padding_gives_zeros_and_takes_no_gradient():
+    inputs, rows = make_inputs(1, length=512), pack_rows([100], length=512)
+    out, (grads, _) = run("splash", inputs, rows, Scores(0.125), mesh=make_mesh(context=2))
+    for array in (out, *grads):
+        assert np.isfinite(array).all()
+        assert np.abs(array[:, :100]).max() > 0
+        assert np.array_equal(array[:, 100:], np.zeros_like(array[:, 100:]))
+
+
+@pytest.mark.parametrize(
+    ("length", "options", "message"),
+    [
+        (512, {"scores": Scores(0.125, window=100)}, "config.mesh.context: is 2, and this model has windows"),
+        (512, {"sinks": jnp.zeros(4)}, "config.mesh.context: is 2, and this model has attention sinks"),
+        (640, {}, "config.data.max_seq_len: is 640; .* needs a multiple of 512. Set 1024"),
+    ],
+)
+def test_what_it_cannot_do_is_refused(length, options, message):
+    options = {"scores": Scores(0.125)} | options
+    with pytest.raises(ConfigError, match=message):
+        attend(
+            "splash",
+            *make_inputs(1, length=length),
+            pack_rows([100], length=length),
+            mesh=make_mesh(context=2),
+            **options,
+        )
