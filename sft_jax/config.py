@@ -244,7 +244,6 @@ def validate(config: Config) -> list[str]:
     for axis, size in zip(MESH_AXES, sizes, strict=True):
         require(size == -1 or size >= 1, f"mesh.{axis}", f"is {size}; expected at least 1, or -1 for what is left.")
     require(sizes.count(-1) <= 1, "mesh", "has more than one axis at -1. Leave only one to fill.")
-    require(mesh.context == 1, "mesh.context", f"is {mesh.context}; only 1 is supported so far.")
     steps = config.log.profile_steps
     ordered = not steps or (len(steps) == 2 and 0 <= steps[0] <= steps[1])
     require(ordered, "log.profile_steps", f"is {steps}; expected (first, last), or () for none.")

@@ -28,6 +28,7 @@ from sft_jax.sharding import (
     check_batch_divides,
     place_batch,
     replicated,
+    rows_of_process,
 )
 from sft_jax.training.evaluation import Evaluator, make_held_out_loss
 from sft_jax.training.loop import EarlyStopping
@@ -74,8 +75,8 @@ def place_batches(data: PackedDataset, mesh: Mesh | AbstractMesh, batch_size: in
     """First step (0) -> that batch on the mesh, and all after it."""
 
     def batches(start_step: int = 0) -> Iterator[Batch]:
-        rows = data.iterate(start_step, process_index=jax.process_index(), process_count=jax.process_count())
-        return (place_batch(batch, mesh, batch_size) for batch in rows)
+        batches_of_rows = data.iterate(start_step, rows_of_process(mesh, batch_size))
+        return (place_batch(batch, mesh, batch_size) for batch in batches_of_rows)
 
     return batches
 

@@ -122,11 +122,18 @@ def num_parts(mesh: Mesh | AbstractMesh, dim: str | None) -> int:
 
 
 def check_batch_divides(config: Config, mesh: Mesh | AbstractMesh) -> None:
-    """Each microbatch must give every shard of the batch the same number of rows.
+    """Each microbatch must give every shard of the batch the same number of rows, and every row every shard of its
+    tokens the same number.
 
     Raises:
       ConfigError: it does not; says which sizes do.
     """
+    shares, length = num_parts(mesh, "seq"), config.data.max_seq_len
+    if length % shares:
+        raise ConfigError(
+            f"config.data.max_seq_len: is {length}, which config.mesh.context = {shares} does not divide. "
+            f"Set {-(-length // shares) * shares}."
+        )
     parts = num_parts(mesh, "batch")
     batch = config.batch
     for name, rows in (("batch_size / grad_accum_steps", batch.micro_batch_size), ("eval_batch_size", batch.eval_rows)):
@@ -148,19 +155,32 @@ def replicated(mesh: Mesh | AbstractMesh) -> NamedSharding:
     return NamedSharding(mesh, PartitionSpec())
 
 
+def rows_of_process(mesh: Mesh | AbstractMesh, batch_size: int) -> list[int]:
+    """The rows of a batch of `batch_size` of which devices of this process hold any token, ascending. Processes share a
+    row whose tokens are split among them."""
+    sharding = NamedSharding(mesh, spec_for(("batch",)))
+    held = sharding.addressable_devices_indices_map((batch_size,)).values()
+    return sorted({row for index in held if index for row in range(batch_size)[index[0]]})
+
+
 def place_batch(batch: HostBatch, mesh: Mesh | AbstractMesh, batch_size: int) -> Batch:
-    """This process's rows of a global batch of `batch_size` rows -> arrays over the mesh. Moves only local rows."""
-    local = len(batch.inputs)
-    first = batch.step * batch_size + jax.process_index() * local
-    rows = np.arange(first, first + local, dtype=np.int64) % 2**31  # int32 on device
+    """The rows of a global batch of `batch_size` rows that `rows_of_process` names -> arrays over the mesh."""
+    held = np.array(rows_of_process(mesh, batch_size))
+    numbers = (batch.step * batch_size + held) % 2**31  # int32 on device
 
     def place(values: np.ndarray, *dims: str | None) -> Array:
+        def read(index: tuple[slice, ...] | None) -> np.ndarray:
+            assert index is not None  # of this process
+            start, stop, _ = index[0].indices(batch_size)
+            first = np.searchsorted(held, start)
+            return values[first : first + stop - start, *index[1:]]
+
         sharding = NamedSharding(mesh, spec_for(dims))
-        return jax.make_array_from_process_local_data(sharding, values, (batch_size, *values.shape[1:]))
+        return jax.make_array_from_callback((batch_size, *values.shape[1:]), sharding, read)
 
     fields = {f.name: getattr(batch, f.name) for f in dataclasses.fields(Batch) if f.name != "rows"}
     placed = {name: place(values, "batch", "seq") for name, values in fields.items()}
-    return Batch(**placed, rows=place(rows.astype(np.int32), "batch"))
+    return Batch(**placed, rows=place(numbers.astype(np.int32), "batch"))
 
 
 def abstract_batch(mesh: Mesh | AbstractMesh, batch_size: int, length: int) -> Batch:

@@ -41,7 +41,6 @@ def test_defaults_convert():
         ("optimizer.learning_rate", float("nan"), "config.optimizer.learning_rate: is nan"),
         ("schedule.decay_fraction", 0.1, "config.schedule.decay_fraction: is set, but cosine has no such parameter"),
         ("mesh.replica", -1, "config.mesh: has more than one axis at -1"),
-        ("mesh.context", 2, "config.mesh.context: is 2; only 1 is supported"),
         ("checkpoint.best_by", "nope", "config.checkpoint.best_by: is 'nope'"),
         ("log.profile_steps", (3,), "config.log.profile_steps: is (3,)"),
         ("loss.label_smoothing", 1.0, "config.loss.label_smoothing: is 1.0; expected below 1"),

@@ -39,7 +39,7 @@ from sft_jax.data.rendering import Renderer, open_renderer
 from sft_jax.data.report import account_to_json, check_account, list_not_read
 from sft_jax.data.sources import Found, NotRead, find_files
 from sft_jax.data.store import TokenStore, open_store
-from sft_jax.datatypes import ConfigError, DataError, HostBatch, Origin, PackedRow
+from sft_jax.datatypes import DataError, HostBatch, Origin, PackedRow
 
 
 def open_dataset(
@@ -267,24 +267,13 @@ class PackedDataset:
         arrays, (origins,) = self._assemble([self._contents(step)[position]])
         return PackedRow(**{name: array[0] for name, array in arrays._asdict().items()}, origins=origins)
 
-    def iterate(self, start_step: int = 0, *, process_index: int = 0, process_count: int = 1) -> Iterator[HostBatch]:
-        """Batches start_step, start_step + 1, ..., num_steps - 1: of each, the rows of one process.
-
-        Process p of P has rows [p * B / P, (p + 1) * B / P) of every global batch.
-
-        Raises:
-          ConfigError: the rows of a batch do not divide among the processes.
-        """
-        if self._batch_size % process_count:
-            raise ConfigError(
-                f"config.batch: a batch of {self._batch_size} rows does not divide among {process_count} processes. "
-                f"Make it a multiple of {process_count}."
-            )
-        num_rows = self._batch_size // process_count
-        local = slice(process_index * num_rows, (process_index + 1) * num_rows)
+    def iterate(self, start_step: int = 0, rows: Sequence[int] | None = None) -> Iterator[HostBatch]:
+        """Batches start_step, start_step + 1, ..., num_steps - 1: of each, the given rows of its B; None: all."""
+        rows = range(self._batch_size) if rows is None else rows
 
         def read_batch(step: int) -> HostBatch:
-            arrays, origins = self._assemble(self._contents(step)[local])
+            contents = self._contents(step)
+            arrays, origins = self._assemble([contents[row] for row in rows])
             return HostBatch(step, *arrays, origins)
 
         threads = self._read_threads

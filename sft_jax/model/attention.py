@@ -80,8 +80,12 @@ def attend(
         raise ConfigError(
             "config.model.attention: 'splash' is for packed rows, and these queries read a cache. Set 'reference'."
         )
-    from sft_jax.model.splash import attend_splash  # only now: Pallas is slow to import, and needs this module's types
+    # Only now: Pallas is slow to import, and these need this module's types.
+    from sft_jax.model.ring import attend_ring
+    from sft_jax.model.splash import attend_splash
 
+    if mesh is not None and mesh.shape["context"] > 1:
+        return attend_ring(q, k, v, rows, scores, sinks, mesh)
     return attend_splash(q, k, v, rows, scores, sinks, mesh)
 
 

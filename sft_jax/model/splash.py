@@ -43,7 +43,21 @@ def attend_splash(
     Raises:
       ConfigError: for a length, a dtype or a platform that the kernel is not made for.
     """
-    platform = _platform(mesh)
+    interpret = check_splash(q, mesh)
+    blocks = choose_blocks(q.shape[1], scores.window)
+    run = functools.partial(_attend_local, scores=scores, blocks=blocks, interpret=interpret)
+    if mesh is not None:
+        heads, tokens = P(BATCH_AXES, None, "tensor", None), P(BATCH_AXES, None)
+        specs = (heads, heads, heads, tokens, None if sinks is None else P("tensor"))
+        # The kernel does not say over which axes its results vary, so that nothing could be checked.
+        run = jax.shard_map(run, mesh=mesh, in_specs=specs, out_specs=heads, check_vma=False)
+    return run(q, k, v, rows.segment_ids, sinks)
+
+
+def check_splash(q: Array, mesh: Mesh | AbstractMesh | None) -> bool:
+    """Whether the kernel is interpreted. Raises: ConfigError."""
+    # Of the devices that will run it: those of the mesh, which may be of a topology that is not here.
+    platform = mesh.devices.flat[0].platform if isinstance(mesh, Mesh) else jax.default_backend()
     if platform not in ("tpu", "cpu"):
         raise ConfigError(
             f"config.model.attention: 'splash' is a TPU kernel, and the devices are {platform}. Set 'reference'."
@@ -53,14 +67,7 @@ def attend_splash(
             f"config.model.attention: 'splash' adds up in float32, and config.model.compute_dtype is {q.dtype}. "
             "Set float32 or bfloat16 there, or 'reference' here."
         )
-    blocks = choose_blocks(q.shape[1], scores.window)
-    run = functools.partial(_attend_local, scores=scores, blocks=blocks, interpret=platform == "cpu")
-    if mesh is not None:
-        heads, tokens = P(BATCH_AXES, None, "tensor", None), P(BATCH_AXES, None)
-        specs = (heads, heads, heads, tokens, None if sinks is None else P("tensor"))
-        # The kernel does not say over which axes its results vary, so that nothing could be checked.
-        run = jax.shard_map(run, mesh=mesh, in_specs=specs, out_specs=heads, check_vma=False)
-    return run(q, k, v, rows.segment_ids, sinks)
+    return platform == "cpu"
 
 
 def choose_blocks(length: int, window: int | None) -> kernel_lib.BlockSizes:
@@ -131,8 +138,3 @@ def _attend_local(
     q_BNLH, k_BKLH, v_BKLH = (jnp.swapaxes(x, 1, 2) for x in (q * scores.scale, k, v))
     out_BLNH = jnp.swapaxes(jax.vmap(attend_row)(q_BNLH, k_BKLH, v_BKLH, segment_ids), 1, 2)
     return jnp.where(segment_ids[:, :, None, None] != 0, out_BLNH, 0)  # padding sees padding in there
-
-
-def _platform(mesh: Mesh | AbstractMesh | None) -> str:
-    """Of the devices that will run it: those of the mesh, which may be of a topology that is not here."""
-    return mesh.devices.flat[0].platform if isinstance(mesh, Mesh) else jax.default_backend()

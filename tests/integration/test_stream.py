@@ -60,7 +60,8 @@ def open_data(folder):
 
 def global_batches(data, start, num_hosts, stop=None):
     """What all hosts see together: (step, origins, the arrays) of each batch from `start` on."""
-    hosts = [data.iterate(start, process_index=host, process_count=num_hosts) for host in range(num_hosts)]
+    share = BATCH_SIZE // num_hosts
+    hosts = [data.iterate(start, range(host * share, (host + 1) * share)) for host in range(num_hosts)]
     batches = []
     for shares in itertools.islice(zip(*hosts, strict=True), None if stop is None else stop - start):
         assert len({share.step for share in shares}) == 1

@@ -123,12 +123,20 @@ def assert_same_update(one, other, bound=1e-9):
     assert relative(change, {path: other[1].params[path] - before[path] for path in before}) < 1e3 * bound
 
 
-@pytest.mark.parametrize("shape", [(8, 1, 1), (1, 8, 1), (2, 2, 2), (1, 2, 4)])
-@pytest.mark.parametrize("tie_embeddings", [True, False])
-def test_a_mesh_changes_nothing(shape, tie_embeddings, monkeypatch):
+@pytest.mark.parametrize(
+    ("axes", "tie_embeddings"),
+    [
+        ({"replica": 8}, True), ({"fsdp": 8}, True), ({"context": 8}, True), ({"fsdp": 2, "tensor": 4}, False),
+        ({"replica": 2, "fsdp": 2, "tensor": 2}, True), ({"replica": 2, "fsdp": 2, "tensor": 2}, False),
+        ({"fsdp": 2, "context": 4}, False), ({"context": 2, "tensor": 4}, True),
+        ({"replica": 2, "context": 2, "tensor": 2}, False),
+    ],
+    ids=str,
+)  # fmt: skip
+def test_a_mesh_changes_nothing(axes, tie_embeddings, monkeypatch):
     monkeypatch.setitem(globals(), "MODEL", dataclasses.replace(MODEL, tie_embeddings=tie_embeddings))
     config, batch = make_config(), make_batch()
-    mesh = MeshConfig(**dict(zip(("replica", "fsdp", "tensor"), shape, strict=True)))
+    mesh = MeshConfig(**({"fsdp": 1} | axes))
     assert_same_update(one_step(config, batch, mesh), reference_step(tie_embeddings=tie_embeddings))
 
 
