@@ -7,6 +7,8 @@ import pytest
 from jax.sharding import NamedSharding, PartitionSpec
 
 from sft_jax.checkpoint.manager import CheckpointManager
+from sft_jax.checkpoint.reader import CheckpointReader
+from sft_jax.checkpoint.retention import Retention
 from sft_jax.config_schema import MeshConfig
 from sft_jax.datatypes import StorageError
 from sft_jax.sharding import build_mesh
@@ -29,7 +31,7 @@ def test_restores_what_was_saved_on_another_mesh(tmp_path):
     manager.save(3, state, {"data": {"seed": 1}})
     manager.close()
     other = make_state(build_mesh(MeshConfig(fsdp=2, tensor=4)), scale=0.0)
-    manager = CheckpointManager(tmp_path)
+    manager = CheckpointReader(tmp_path)
     restored, meta = manager.restore(3, abstract(other))
     jax.tree.map(np.testing.assert_array_equal, restored, state)
     assert jax.tree.map(lambda x: x.sharding, restored) == jax.tree.map(lambda x: x.sharding, other)
@@ -41,11 +43,12 @@ def test_restores_what_was_saved_on_another_mesh(tmp_path):
 
 def test_keeps_the_latest_and_the_best(tmp_path):
     state = make_state(build_mesh(MeshConfig()))
-    manager = CheckpointManager(tmp_path, keep_latest=2, keep_best=True)
+    manager = CheckpointManager(tmp_path, Retention(latest=2, every=3, best=True))
     for step, loss in ((1, None), (2, 0.5), (3, None), (4, 0.4), (5, None), (6, None), (7, None)):
         manager.save(step, state, {}, best_loss=loss)
+    manager.wait()
+    assert manager.all_steps() == [3, 4, 6, 7]
     manager.close()
-    assert CheckpointManager(tmp_path).all_steps() == [4, 6, 7]
 
 
 def test_saving_a_saved_step_again_leaves_it(tmp_path):
@@ -61,7 +64,7 @@ def test_saving_a_saved_step_again_leaves_it(tmp_path):
 def test_errors_say_what_is_there(tmp_path):
     state = make_state(build_mesh(MeshConfig()))
     manager = CheckpointManager(tmp_path)
-    assert manager.latest_step() is None
+    assert manager.find_restorable().step is None
     manager.save(4, state, {})
     manager.wait()
     with pytest.raises(StorageError, match=r"has no step 9\. Saved steps: 4"):

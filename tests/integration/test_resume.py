@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 from etils import epath
 
-from sft_jax.checkpoint.manager import CheckpointManager
+from sft_jax.checkpoint.reader import CheckpointReader
 from sft_jax.command_line import run_command
 from sft_jax.main import main
 from sft_jax.testbed.make import BASE_MODEL
@@ -181,10 +181,10 @@ def test_the_way_through_is_said_and_remembered(folder, capsys, flag):
     status, out, err = train(capsys, "--config.schedule.num_steps=5")
     assert status == 0, err
     assert "overridden  at step 2" in out
-    manager = CheckpointManager(epath.Path("run/checkpoints"))
-    assert manager.latest_step() == 5
-    assert manager.read_meta(5)["overrides"] == [{"step": 2, "changes": changes}]
-    manager.close()
+    reader = CheckpointReader(epath.Path("run"))
+    assert reader.find_restorable().step == 5
+    assert reader.read_meta(5)["overrides"] == [{"step": 2, "changes": changes}]
+    reader.close()
     assert [json.loads(line)["step"] for line in (folder / "run" / "metrics.jsonl").read_text().splitlines()] == [
         *range(1, 6)
     ]
