@@ -9,6 +9,7 @@ What dies on the way leaves a step without manifest, which was never saved, and 
 removes it. An old step is removed only when a newer one has its manifest.
 """
 
+import contextlib
 import functools
 import math
 import time
@@ -29,9 +30,12 @@ from sft_jax.checkpoint.restorable import Found, find_restorable
 from sft_jax.checkpoint.retention import Retention
 from sft_jax.checkpoint.run_lock import RunLock
 from sft_jax.checkpoint.step_folders import RunRecord
-from sft_jax.checkpoint.storage import NUM_RETRIES, backoff_seconds, check_free_space, is_transient
+from sft_jax.checkpoint.storage import NUM_RETRIES, backoff_seconds, check_free_space, describe_error, is_transient
 from sft_jax.datatypes import NumericError, StorageError
 from sft_jax.sharding import replicated
+
+_FAILURES = (OSError, ValueError, RuntimeError)
+"""What a save fails with: RuntimeError is of a barrier that a process has not come to."""
 
 
 class CheckpointManager(CheckpointReader):
@@ -138,9 +142,9 @@ class CheckpointManager(CheckpointReader):
             **self._origin,
         )
         try:
-            decide(f"whether step {step} can be written", lambda: self.folders.begin(step))
+            decide(f"whether step {step} can be written", lambda: self.folders.begin(step, self._record.run_id))
             self._orbax.save(self.folders.path(step), args=args)
-        except (OSError, ValueError, RuntimeError) as error:
+        except _FAILURES as error:
             self._note_failure(step, error)
             return
         self._pending = step, self._worker.submit(self._finish, manifest)
@@ -193,7 +197,7 @@ class CheckpointManager(CheckpointReader):
             record = folders.find_record()
             if folders.read_record() is None:
                 folders.write_record(record)
-            folders.remove_leftovers(folders.scan(record.run_id))
+            folders.remove_leftovers(record.run_id)
         except OSError as error:
             raise StorageError(f"config.run.dir: {folders.run_dir}: cannot be used: {error}. Name another.") from error
         return record.run_id
@@ -218,7 +222,7 @@ class CheckpointManager(CheckpointReader):
         step, saving = self._pending
         try:
             saving.result()
-        except (OSError, ValueError, RuntimeError) as error:
+        except _FAILURES as error:
             self._pending = None
             self._note_failure(step, error)
             return
@@ -229,20 +233,26 @@ class CheckpointManager(CheckpointReader):
         """Raises StorageError where trying again is of no use. With several processes it is not: those that have not
         failed would have to save again too."""
         self._num_failures += 1
+        if jax.process_index() == 0:
+            with contextlib.suppress(OSError):  # the next save or start will, and this may make room now
+                self.folders.remove_leftovers(self._record.run_id)
         if self._num_failures > NUM_RETRIES or not is_transient(error) or jax.process_count() > 1:
             raise StorageError(
-                f"{self.folders.path(step)}: could not be written: {error}. Older steps are as they were. Is there "
-                "free space, and is the disk writable? Run the same command to go on."
+                f"{self.folders.path(step)}: could not be written: {describe_error(error)}. Older steps are as "
+                "they were. Is there free space, and is the disk writable? Run the same command to go on."
             ) from error
         self._orbax = open_orbax()  # one that has failed says so again
         self._retry_at = time.monotonic() + backoff_seconds(self._num_failures)
 
     def _let_go(self) -> None:
         self._worker.shutdown()
-        super().close()
-        if self._lock is not None:
-            self._lock.release()
-            self._lock = None
+        try:
+            with contextlib.suppress(*_FAILURES):  # Orbax says once more what was said
+                super().close()
+        finally:
+            if self._lock is not None:
+                self._lock.release()
+                self._lock = None
 
 
 def check_finite(step: int, state: Mapping[str, Any]) -> None:

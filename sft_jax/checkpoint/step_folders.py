@@ -148,17 +148,15 @@ class StepFolders:
         else:
             listing.saved[step] = manifest
 
-    def begin(self, step: int) -> None:
+    def begin(self, step: int, run_id: str) -> None:
         """Make room for a step that is about to be written, and say so on disk.
 
         Raises OSError."""
-        marker = self.directory / f"{step}.{_UNFINISHED}"
         retried(lambda: self.directory.mkdir(parents=True, exist_ok=True))
-        if marker.exists():
-            self._remove_unfinished(step)
-        elif self.path(step).exists():
+        self.remove_leftovers(run_id)
+        if self.path(step).exists():
             self.quarantine(step, by_move=True)
-        write_whole(marker, b"")
+        write_whole(self.directory / f"{step}.{_UNFINISHED}", b"")
 
     def finish(self, step: int) -> None:
         """It has its manifest. Raises OSError."""
@@ -168,18 +166,13 @@ class StepFolders:
         """Raises OSError."""
         write_whole(self.directory / f"{step}.{_UNFINISHED}", b"")
         remove(self.path(step) / "sft_jax_manifest.json")  # first: from here on it is no step
-        self._remove_unfinished(step)
+        remove(self.path(step))
         self.finish(step)
 
-    def _remove_unfinished(self, step: int) -> None:
-        for name in self._names():
-            found = _TMP.fullmatch(name)
-            if name == str(step) or (found and int(found["step"]) == step):
-                remove(self.directory / name)
-
-    def remove_leftovers(self, listing: Listing) -> None:
-        """Folders before their markers. Raises OSError."""
-        for name in sorted(listing.leftovers, key=lambda name: f".{_UNFINISHED}" in name):
+    def remove_leftovers(self, run_id: str) -> None:
+        """Of saves and removals that are over: there must be none under way. Raises OSError."""
+        names = self.scan(run_id).leftovers
+        for name in sorted(names, key=lambda name: f".{_UNFINISHED}" in name):  # markers last: they say what to remove
             remove(self.directory / name)
 
     def quarantine(self, step: int, by_move: bool | None = None) -> epath.Path:

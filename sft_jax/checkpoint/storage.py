@@ -18,8 +18,9 @@ _TRANSIENT = {
     errno.EIO, errno.EAGAIN, errno.EBUSY, errno.EINTR, errno.ETIMEDOUT, errno.ESTALE, errno.ECONNRESET,
     errno.ECONNREFUSED, errno.EHOSTUNREACH, errno.ENETUNREACH, errno.EPIPE, errno.EREMOTEIO,
 }  # fmt: skip
-# tensorstore's errors are ValueErrors: an absl status in front, and the errno of a local file in brackets.
-_OS_ERROR = re.compile(r"\[OS error (?P<number>\d+)")
+# tensorstore's errors are ValueErrors: an absl status in front, and of a local file the errno in the text.
+_OS_ERROR = re.compile(r"os_error_code='(?P<number>\d+)'")
+_SPEC = re.compile(r" \[tensorstore_spec='.*?'\](?= \[|$)", re.DOTALL)
 _TRANSIENT_STATUS = re.compile(r"\b(UNAVAILABLE|DEADLINE_EXCEEDED|ABORTED)\b")
 _Result = TypeVar("_Result")
 
@@ -31,6 +32,11 @@ def is_transient(error: BaseException) -> bool:
     if found := _OS_ERROR.search(str(error)):
         return int(found["number"]) in _TRANSIENT
     return _TRANSIENT_STATUS.search(str(error)) is not None
+
+
+def describe_error(error: BaseException) -> str:
+    """In one line, without what tensorstore adds for its own developers."""
+    return " ".join(_SPEC.sub("", str(error)).split())
 
 
 def backoff_seconds(num_failures: int) -> float:

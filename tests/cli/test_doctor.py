@@ -61,7 +61,7 @@ def test_a_run_with_damage_and_strangers(run_dir, say):
     damage(run_dir, 1)
     (checkpoints / "100000").mkdir()
     shutil.copytree(checkpoints / "2", checkpoints / "4")
-    StepFolders(run_dir).begin(6)
+    StepFolders(run_dir).begin(6, StepFolders(run_dir).find_record().run_id)
     (checkpoints / "6").mkdir()
     text = say("doctor", run_dir, 0)
     assert re.search("step 3: damaged: state/_METADATA is not what was written; goes to quarantine/ at the next", text)

@@ -1,18 +1,14 @@
-"""Damage to a run's files, and the trials that count how much of it passes unseen."""
+"""Damage to a run's files, and what may lie among its steps that is none of them."""
 
-import bisect
-import itertools
 import os
 import random
 import shutil
 from collections.abc import Callable
 from pathlib import Path
 
-from runs import copy_run, files_of, restored_step
+from runs import files_of
 
 from sft_jax.checkpoint.manifest import FILE
-from sft_jax.checkpoint.restorable import find_restorable
-from sft_jax.checkpoint.step_folders import StepFolders
 
 
 def flip_bit(path: Path, bit: int) -> None:
@@ -21,27 +17,6 @@ def flip_bit(path: Path, bit: int) -> None:
         byte = stream.read(1)[0]
         stream.seek(bit // 8)
         stream.write(bytes([byte ^ (1 << bit % 8)]))
-
-
-def flip_bits(saved: Path, scratch: Path, seed: int, first: int, count: int) -> list[str]:
-    """The flips, of trials `first` to `first + count`, after which a step is taken for whole that is not as it was
-    saved. Each flips one bit of all those of the newest step, its manifest among them, and flips it back."""
-    folders = StepFolders(copy_run(saved, scratch / "flipped"))
-    newest = max(int(path.name) for path in folders.directory.iterdir())
-    files = files_of(Path(folders.path(newest)))
-    starts = [0, *itertools.accumulate(8 * path.stat().st_size for path in files)]
-    silent = []
-    for trial in range(first, first + count):
-        bit = random.Random(f"{seed} {trial}").randrange(starts[-1])
-        number = bisect.bisect(starts, bit) - 1
-        path, bit = files[number], bit - starts[number]
-        flip_bit(path, bit)
-        if find_restorable(folders).step != newest - 1:
-            silent.append(f"trial {trial}: bit {bit} of {path.relative_to(folders.run_dir)}")
-        flip_bit(path, bit)
-    if find_restorable(folders).step != newest:
-        silent.append("the step is not whole again after the flips: they are not what was counted")
-    return silent
 
 
 def _link(path: Path) -> None:
@@ -77,49 +52,13 @@ KINDS: dict[str, Callable[[Path], object]] = {
 }
 
 
-def damage_every_file(saved: Path, scratch: Path, kind: str) -> list[str]:
-    """The files of the newest step of which such damage passes unseen, one at a time."""
-    silent = []
-    run_dir = copy_run(saved, scratch / kind)
-    for path in files_of(run_dir / "checkpoints" / "5"):
-        data = path.read_bytes()
-        KINDS[kind](path)
-        if find_restorable(StepFolders(run_dir)).step != 4:
-            silent.append(str(path))
-        _mend(path, data)
-    assert find_restorable(StepFolders(run_dir)).step == 5
-    return silent
-
-
-def _mend(path: Path, data: bytes) -> None:
+def mend(path: Path, data: bytes) -> None:
+    """Put a file back, whatever was done to it."""
     if path.is_dir():
         path.rmdir()
     path.unlink(missing_ok=True)
     path.with_name("elsewhere").unlink(missing_ok=True)
     path.write_bytes(data)
-
-
-def swap_files(saved: Path, scratch: Path) -> list[str]:
-    """The pairs of files of the newest step, and of a file with the same one of another step, whose exchange passes
-    unseen. Files that are equal are left out."""
-    silent = []
-    step, other = saved / "checkpoints" / "5", saved / "checkpoints" / "4"
-    names = [path.relative_to(step) for path in files_of(step)]
-    pairs = [(step / a, step / b) for a, b in itertools.combinations(names, 2)]
-    pairs += [(step / name, other / name) for name in names if (other / name).exists()]
-    run_dir = copy_run(saved, scratch / "swapped")
-    for one, two in pairs:
-        if one.read_bytes() == two.read_bytes():
-            continue
-        at = [run_dir / path.relative_to(saved) for path in (one, two)]
-        at[0].write_bytes(two.read_bytes())
-        at[1].write_bytes(one.read_bytes())
-        if find_restorable(StepFolders(run_dir)).step not in (3, 4):
-            silent.append(f"{one} and {two}")
-        at[0].write_bytes(one.read_bytes())
-        at[1].write_bytes(two.read_bytes())
-    assert find_restorable(StepFolders(run_dir)).step == 5
-    return silent
 
 
 def damage_some_file(step: Path, rng: random.Random) -> None:
@@ -172,12 +111,3 @@ STRAYS: dict[str, Callable[[Path, Path], str]] = {
     "another model's files": _of_another_model,
     "a file": _file,
 }
-
-
-def restore_after_strays(saved: Path, other: Path, scratch: Path, stray: str) -> bool:
-    """Whether a start with a stray folder restores a step of the run, with its values."""
-    run_dir = copy_run(saved, scratch / "stray")
-    STRAYS[stray](run_dir, other)
-    right = restored_step(run_dir) in (4, 5)
-    shutil.rmtree(run_dir)
-    return right
