@@ -67,7 +67,7 @@ class CheckpointManager(CheckpointReader):
         }  # fmt: skip
         self._last_saved: int | None = None
         self._pending: tuple[int, Future[None]] | None = None
-        self._num_failures, self._retry_at = 0, 0.0
+        self._num_failures, self._retry_at, self._failure = 0, 0.0, ""
         self._lock: RunLock | None = None
         self._worker = ThreadPoolExecutor(1, "checkpoint")
         try:
@@ -182,7 +182,7 @@ class CheckpointManager(CheckpointReader):
         """
         self._collect(wait=True)
         if self._retry_at:
-            raise StorageError(f"{self.folders.directory}: the last save has failed, and was not tried again.")
+            raise StorageError(f"{self._failure} It was not tried again.")
 
     def all_steps(self) -> list[int]:
         """Of the steps that have a manifest, whether whole or not."""
@@ -233,14 +233,15 @@ class CheckpointManager(CheckpointReader):
         """Raises StorageError where trying again is of no use. With several processes it is not: those that have not
         failed would have to save again too."""
         self._num_failures += 1
+        self._failure = (
+            f"{self.folders.path(step)}: could not be written: {describe_error(error)}. Older steps are as they were. "
+            "Is there free space, and is the disk writable? Run the same command to go on."
+        )
         if jax.process_index() == 0:
             with contextlib.suppress(OSError):  # the next save or start will, and this may make room now
                 self.folders.remove_leftovers(self._record.run_id)
         if self._num_failures > NUM_RETRIES or not is_transient(error) or jax.process_count() > 1:
-            raise StorageError(
-                f"{self.folders.path(step)}: could not be written: {describe_error(error)}. Older steps are as "
-                "they were. Is there free space, and is the disk writable? Run the same command to go on."
-            ) from error
+            raise StorageError(self._failure) from error
         self._orbax = open_orbax()  # one that has failed says so again
         self._retry_at = time.monotonic() + backoff_seconds(self._num_failures)
 

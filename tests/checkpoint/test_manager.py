@@ -164,7 +164,7 @@ def test_the_error_that_stops_a_run_is_not_hidden_by_that_of_its_last_save(tmp_p
     flaky(UNAVAILABLE, 1)
     with pytest.raises(NumericError, match="diverged") as caught:
         save_and_diverge()
-    assert "the last save has failed" in caught.value.__notes__[0]
+    assert "checkpoints/1: could not be written: UNAVAILABLE: the store is not there" in caught.value.__notes__[0]
     CheckpointManager(tmp_path).close()  # the lock is free
 
 
