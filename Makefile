@@ -4,7 +4,7 @@ BIN := .venv/bin
 PARITY := .venv-parity/bin
 CONSTRAIN := $(if $(shell $(PYTHON) -c 'import sys; print("y" if sys.version_info[:2] == (3, 11) else "")'),-c constraints.txt)
 
-.PHONY: demo test test-slow test-parity format clean
+.PHONY: demo test test-slow test-parity test-faults format clean
 
 demo: .venv/ready
 	$(BIN)/python -m sft_jax.cli.demo
@@ -21,6 +21,10 @@ test-slow: .venv/ready .venv-parity/ready
 
 test-parity: .venv-parity/ready
 	$(PARITY)/python -m pytest -q -m "parity and not slow"
+
+# Trials of a row of docs/reliability.md until there are N, such as make test-faults ROW=flip N=2000
+test-faults: .venv/ready
+	$(BIN)/python tests/faults/count.py $(ROW) $(N)
 
 format: .venv/ready
 	$(BIN)/ruff check --fix .

@@ -154,8 +154,8 @@ _AT_LEAST: dict[str, float] = {
     "schedule.warmup_fraction": 0, "schedule.final_fraction": 0, "schedule.decay_fraction": 0,
     "lora.rank": 0, "lora.dropout": 0,
     "evaluation.every_steps": 0, "evaluation.stop_patience": 1, "checkpoint.every_steps": 0,
-    "checkpoint.keep_latest": 1, "log.every_steps": 1, "data.max_bad_fraction": 0, "run.seed": 0,
-    "data.prompt_loss_weight": 0,
+    "checkpoint.keep_latest": 1, "checkpoint.keep_every": 0, "log.every_steps": 1, "run.seed": 0,
+    "data.max_bad_fraction": 0, "data.prompt_loss_weight": 0,
     "optimizer.b1": 0, "optimizer.b2": 0, "optimizer.eps": 0,
 }  # fmt: skip
 _AT_MOST: dict[str, float] = {
@@ -230,6 +230,10 @@ def validate(config: Config) -> list[str]:
         require(get(path) in eval_names, path, f"is {get(path)!r}; no set in data.eval has that name.")
     rows, parts = batch.batch_size, batch.grad_accum_steps
     require(parts < 1 or rows % parts == 0, "batch.grad_accum_steps", f"{parts} does not divide batch_size {rows}.")
+    kept, saved = config.checkpoint.keep_every, config.checkpoint.every_steps
+    of_saved = saved > 0 and kept % saved == 0
+    expected = f"expected a multiple of checkpoint.every_steps, {saved}"
+    require(kept <= 0 or of_saved, "checkpoint.keep_every", f"is {kept}; {expected}.")
     for path in ("loss.label_smoothing", "optimizer.b1", "optimizer.b2", "lora.dropout"):
         require(get(path) is None or get(path) < 1, path, f"is {get(path)}; expected below 1.")
     require(bool(config.run.dir), "run.dir", "is empty. Name a folder for the run.")

@@ -23,6 +23,9 @@ class RunConfig:
     override_fingerprint: bool = False
     """Resume on other data than the checkpoint's, in another order, or both; the change is kept in every later
     checkpoint. For one start: it is not in the run's `config.json`. `--override-fingerprint` is short for it."""
+    allow_fresh: bool = False
+    """Begin again at step 0 where the run has saved checkpoints and none is whole; they go to `<run>/quarantine`. For
+    one start, as `override_fingerprint`. `--allow-fresh` is short for it."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -275,6 +278,8 @@ class CheckpointConfig:
     """Save every so many steps, besides the last; 0: only the last."""
     keep_latest: int = 2
     """Newest checkpoints kept."""
+    keep_every: int = 0
+    """Checkpoints of every so many steps are kept for good; 0: none. A multiple of `every_steps`."""
     best_by: str = ""
     """Name of a held-out set: the checkpoint with its lowest loss is kept as well; empty: none."""
     export: bool = True
@@ -311,7 +316,12 @@ class Config:
 
     def digest(self) -> str:
         """sha256 of the resolved config, hex."""
-        return hashlib.sha256(json.dumps(self.to_dict(), sort_keys=True).encode()).hexdigest()
+        return digest_json(self.to_dict())
+
+
+def digest_json(value: Any) -> str:
+    """sha256 of an object that JSON can hold, hex."""
+    return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()
 
 
 def source_name(source: SourceConfig) -> str:

@@ -10,8 +10,8 @@ from etils import epath
 from jax.sharding import AbstractMesh, Mesh
 
 from sft_jax.checkpoint.hf import grow_sources, open_sources, read_config
-from sft_jax.checkpoint.manager import CheckpointManager
 from sft_jax.checkpoint.param_source import ParamSource
+from sft_jax.checkpoint.reader import CheckpointReader
 from sft_jax.config_schema import Config, MeshConfig
 from sft_jax.data import rendering
 from sft_jax.data.pipeline import PackedDataset, open_dataset
@@ -120,19 +120,19 @@ def place_model(config: Config, renderer: Renderer) -> ModelOnMesh:
 
 
 def open_sources_of_step(
-    config: Config, renderer: Renderer, manager: CheckpointManager, step: int
+    config: Config, renderer: Renderer, reader: CheckpointReader, step: int
 ) -> tuple[TransformerConfig, dict[str, Array | ParamSource]]:
     """The plain model and, for each of its parameters, where it lies on disk: in the checkpoint; in `config.model.path`
     where it was frozen; of a kernel with an adapter, in both. Neither a mesh nor memory for the model is needed. Frozen
     random parameters are made again."""
     model = open_model_config(config, renderer)
-    check_base(config, model, manager, step)
+    check_base(config, model, reader, step)
     placed = ModelOnMesh(config, model, build_abstract_mesh(MeshConfig(fsdp=1), 1))
     if placed.leaves[1] and not config.model.path:
         on_mesh = place_model(config, renderer)
-        trained = manager.restore_params(step, on_mesh.abstract_state.params)
+        trained = reader.restore_params(step, on_mesh.abstract_state.params)
         return model, dict(on_mesh.merge(trained | on_mesh.open_frozen()))
-    opened = manager.open_params(step, placed.leaves[0])
+    opened = reader.open_params(step, placed.leaves[0])
     if not placed.leaves[1]:
         return model, dict(opened)
     stored, _ = read_config(config.model.path)
@@ -151,32 +151,37 @@ class Start:
     stopping: EarlyStopping
     overrides: tuple[dict[str, Any], ...] = ()
     """Each resume on other data that `config.run.override_fingerprint` has let through: its step, and what changed."""
+    passed_over: tuple[str, ...] = ()
+    """What passes for a newer checkpoint, and why it was not taken."""
 
 
-def open_start(placed: ModelOnMesh, manager: CheckpointManager, data: PackedDataset) -> Start:
+def open_start(placed: ModelOnMesh, reader: CheckpointReader, data: PackedDataset) -> Start:
     """
     Raises:
       ConfigError: the checkpoint is of another model; or on other data or in another order, and the config does not
         override that. Names all that changed.
+      StorageError: there are checkpoints, and none is whole.
     """
-    latest = manager.latest_step()
+    found = reader.find_restorable()
+    latest, passed_over = found.step, tuple(found.rejected)
     if latest is None:
         trainable, frozen = placed.open_params()
-        return Start(init_state(trainable, placed.optimizer), frozen, EarlyStopping())
-    meta = manager.read_meta(latest)
+        return Start(init_state(trainable, placed.optimizer), frozen, EarlyStopping(), passed_over=passed_over)
+    meta = reader.read_meta(latest)
     in_model = describe_changes(meta["model"], placed.identity)
     in_data = refuse_changes(placed.config, latest, meta["data"], data.fingerprint_fields, in_model)
     overrides = tuple(meta["overrides"])
     if in_data:
         overrides += ({"step": latest, "changes": in_data},)
-    restored, meta = manager.restore(latest, vars(placed.abstract_state))
-    return Start(TrainState(**restored), placed.open_frozen(), EarlyStopping.from_json(meta["stopping"]), overrides)
+    restored, meta = reader.restore(latest, vars(placed.abstract_state))
+    stopping = EarlyStopping.from_json(meta["stopping"])
+    return Start(TrainState(**restored), placed.open_frozen(), stopping, overrides, passed_over)
 
 
-def check_base(config: Config, model: TransformerConfig, manager: CheckpointManager, step: int) -> None:
+def check_base(config: Config, model: TransformerConfig, reader: CheckpointReader, step: int) -> None:
     """Raises ConfigError where the weights in `config.model.path` are not those that a run's frozen ones came from."""
     placed = ModelOnMesh(config, model, build_abstract_mesh(MeshConfig(fsdp=1), 1))
-    trained_on = manager.read_meta(step)["model"].get(BASE_WEIGHTS)
+    trained_on = reader.read_meta(step)["model"].get(BASE_WEIGHTS)
     if trained_on and trained_on != placed.identity.get(BASE_WEIGHTS):
         raise ConfigError(
             f"config.model.path: {config.model.path} has not the weights that {config.run.dir} was trained on, and "

@@ -16,9 +16,10 @@ from sft_jax.checkpoint.hf_export import check_export_target, export_pretrained
 from sft_jax.checkpoint.manager import CheckpointManager
 from sft_jax.checkpoint.model_card import make_model_card
 from sft_jax.checkpoint.peft import export_adapter
+from sft_jax.checkpoint.retention import Retention
 from sft_jax.command_line import config_parser, read_config, run_command
 from sft_jax.config import warnings_for
-from sft_jax.config_schema import Config
+from sft_jax.config_schema import Config, digest_json
 from sft_jax.data.pipeline import PackedDataset
 from sft_jax.data.preview import preview_row
 from sft_jax.data.rendering import Renderer
@@ -37,6 +38,7 @@ from sft_jax.experiment import (
 from sft_jax.model.families import TransformerConfig, num_active_params, num_params
 from sft_jax.provenance import describe_environment
 from sft_jax.sharding import replicated
+from sft_jax.training.evaluation import Evaluator
 from sft_jax.training.loop import Preempted, StopSignal, Trainer
 from sft_jax.training.metrics import MetricsWriter, ProgressReporter, StepMeter
 from sft_jax.training.optimizer import build_schedule
@@ -67,9 +69,34 @@ def run(config: Config, console: Console | None = None) -> epath.Path:
     if config.checkpoint.export:
         check_export_target(run_dir / "export")
     make_run_dir(run_dir)
-    manager = CheckpointManager(
-        run_dir / "checkpoints", config.checkpoint.keep_latest, keep_best=bool(config.checkpoint.best_by)
+    with open_manager(config, placed, data) as manager:
+        return train_and_export(config, console, stop_signal, renderer, placed, data, evaluators, manager)
+
+
+def open_manager(config: Config, placed: ModelOnMesh, data: PackedDataset) -> CheckpointManager:
+    checkpoint = config.checkpoint
+    return CheckpointManager(
+        epath.Path(config.run.dir).expanduser(),
+        Retention(checkpoint.keep_latest, checkpoint.keep_every, bool(checkpoint.best_by)),
+        config_digest=config.digest(),
+        data_fingerprint=digest_json(data.fingerprint_fields),
+        mesh=placed.mesh.shape,
+        allow_fresh=config.run.allow_fresh,
     )
+
+
+def train_and_export(
+    config: Config,
+    console: Console,
+    stop_signal: StopSignal,
+    renderer: Renderer,
+    placed: ModelOnMesh,
+    data: PackedDataset,
+    evaluators: list[Evaluator],
+    manager: CheckpointManager,
+) -> epath.Path:
+    """`run`, as the only trainer in the run directory."""
+    run_dir = epath.Path(config.run.dir).expanduser()
     start = open_start(placed, manager, data)
     frozen, stopping = start.frozen, start.stopping
     step = int(start.state.step)
@@ -78,11 +105,14 @@ def run(config: Config, console: Console | None = None) -> epath.Path:
             f"config.schedule: asks for {data.num_steps} steps, and {run_dir} has already done {step}. "
             "Ask for as many at least, or start in a new config.run.dir."
         )
+    manager.check_space(placed.abstract_state, data.num_steps)
     if jax.process_index() == 0:  # only now: a refused resume must not rewrite what the run was made from
         write_run_files(run_dir, config, data)
         describe_run(console, placed, data, renderer)
         if step:
             console.print(f"{'resumed':12}at step {step:,} of {data.num_steps:,}", highlight=False)
+        for line in start.passed_over:
+            console.print(f"{'passed over':12}{line}", style="yellow", soft_wrap=True, highlight=False)
         for override in start.overrides:
             changes = "; ".join(override["changes"])
             console.print(f"{'overridden':12}at step {override['step']:,}: {changes}", soft_wrap=True, highlight=False)
@@ -107,7 +137,6 @@ def run(config: Config, console: Console | None = None) -> epath.Path:
     finally:
         progress.close()
         writer.close()
-        manager.close()
     if int(state.num_updates) == 0:
         raise NumericError(f"config.run.dir: {run_dir}: every step was skipped as non-finite; nothing was trained.")
     if stopping.stopped and jax.process_index() == 0:
@@ -169,8 +198,9 @@ def make_run_dir(run_dir: epath.Path) -> None:
 
 def write_run_files(run_dir: epath.Path, config: Config, data: PackedDataset) -> None:
     """`config.json`, `provenance.json` and `data_report.json`."""
-    # A change of data is let through by whoever starts a run, and not again by its config.
-    config = dataclasses.replace(config, run=dataclasses.replace(config.run, override_fingerprint=False))
+    # What is let through is let through by whoever starts a run, and not again by its config.
+    this_start = dataclasses.replace(config.run, override_fingerprint=False, allow_fresh=False)
+    config = dataclasses.replace(config, run=this_start)
     files = {"config": config.to_dict(), "provenance": describe_environment(config), "data_report": data.report}
     for name, content in files.items():
         (run_dir / f"{name}.json").write_text(json.dumps(content, indent=1) + "\n")
@@ -206,8 +236,12 @@ def main(args: list[str]) -> int:
     parser.add_argument(
         "--override-fingerprint", action="store_true", help="resume on other data than the checkpoint's, and say so"
     )
+    parser.add_argument(
+        "--allow-fresh", action="store_true", help="where no checkpoint is whole, begin again at step 0"
+    )
     options, rest = parser.parse_known_args(args)
-    config = read_config([*rest, *(["--config.run.override_fingerprint=true"] if options.override_fingerprint else [])])
+    short = [f"--config.run.{name}=true" for name, given in vars(options).items() if given]
+    config = read_config([*rest, *short])
     try:
         run(config)
     except Preempted as stop:

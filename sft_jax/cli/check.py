@@ -8,7 +8,7 @@ from typing import Any
 from etils import epath
 from rich.console import Console
 
-from sft_jax.checkpoint.manager import CheckpointManager
+from sft_jax.checkpoint.reader import CheckpointReader
 from sft_jax.command_line import config_parser, read_config, run_command
 from sft_jax.config import warnings_for
 from sft_jax.config_schema import Config
@@ -44,11 +44,14 @@ def main(args: list[str]) -> int:
 
 
 def check_resumes(config: Config, fingerprint_fields: Mapping[str, Any]) -> None:
-    """Raises ConfigError where the run directory has a checkpoint on other data."""
-    checkpoints = epath.Path(config.run.dir).expanduser() / "checkpoints"
-    manager = CheckpointManager(checkpoints, config.checkpoint.keep_latest) if checkpoints.exists() else None
-    if manager is not None and (step := manager.latest_step()) is not None:
-        refuse_changes(config, step, manager.read_meta(step)["data"], fingerprint_fields)
+    """
+    Raises:
+      ConfigError: the run directory has a checkpoint on other data.
+      StorageError: it has checkpoints, and none is whole.
+    """
+    reader = CheckpointReader(epath.Path(config.run.dir).expanduser())
+    if (step := reader.find_restorable().step) is not None:
+        refuse_changes(config, step, reader.read_meta(step)["data"], fingerprint_fields)
 
 
 def write_report(config: Config, out: str | None, report: dict) -> str:

@@ -7,9 +7,9 @@ import sys
 from etils import epath
 
 from sft_jax.checkpoint.hf_export import EXPORT_DTYPES, export_pretrained
-from sft_jax.checkpoint.manager import CheckpointManager
 from sft_jax.checkpoint.model_card import make_model_card
 from sft_jax.checkpoint.peft import export_adapter
+from sft_jax.checkpoint.reader import CheckpointReader
 from sft_jax.command_line import run_command
 from sft_jax.config import from_config_dict
 from sft_jax.datatypes import ConfigError, StorageError
@@ -25,7 +25,7 @@ def main(args: list[str]) -> int:
     )
     parser.add_argument("--run", required=True, metavar="DIR", help="the run directory")
     parser.add_argument("--to", required=True, metavar="DIR", help="the new folder")
-    parser.add_argument("--step", type=int, metavar="N", help="default: the newest")
+    parser.add_argument("--step", type=int, metavar="N", help="default: the newest that is whole")
     parts = parser.add_mutually_exclusive_group()
     parts.add_argument("--adapter", action="store_true", help="of a LoRA run: the adapter alone, as peft loads it")
     parts.add_argument("--merge", action="store_true", help="of a LoRA run: the whole model, adapter merged (default)")
@@ -36,8 +36,15 @@ def main(args: list[str]) -> int:
     if not (run_dir / "config.json").exists():
         raise StorageError(f"--run={run_dir}: has no config.json. Name the run directory, config.run.dir of the run.")
     config = from_config_dict(json.loads((run_dir / "config.json").read_text()))
-    manager = CheckpointManager(run_dir / "checkpoints", config.checkpoint.keep_latest)
-    step = manager.latest_step() if options.step is None else options.step
+    reader = CheckpointReader(run_dir)
+    step = options.step
+    if step is None:
+        found = reader.find_restorable()
+        step = found.step
+        for line in found.rejected:
+            print(f"passed over {line}", file=sys.stderr)
+    else:
+        reader.prove(step)
     if step is None:
         raise StorageError(f"--run={run_dir}: has no finished checkpoint yet.")
 
@@ -47,12 +54,12 @@ def main(args: list[str]) -> int:
     dtype = options.dtype or config.model.param_dtype
     if options.adapter:
         placed = place_model(config, renderer)
-        check_base(config, placed.model, manager, step)
-        trained = manager.restore_params(step, placed.abstract_state.params)
+        check_base(config, placed.model, reader, step)
+        trained = reader.restore_params(step, placed.abstract_state.params)
         export_adapter(options.to, trained, placed.model, config.lora, config.model.path, dtype)
         print(f"adapter of step {step} exported to {options.to}")
         return 0
-    model, sources = open_sources_of_step(config, renderer, manager, step)
+    model, sources = open_sources_of_step(config, renderer, reader, step)
     export_pretrained(
         options.to,
         sources,

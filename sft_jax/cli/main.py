@@ -15,6 +15,8 @@ COMMANDS = {
     "score": "loss of a folder's model on given rows",
     "convert": "a Hugging Face folder as an Orbax checkpoint that many hosts read in parallel",
     "export": "a checkpoint of a run as a Hugging Face folder",
+    "verify": "every byte of a checkpoint, or of all of a run's, held against what was written",
+    "doctor": "what state a run is in, what a restart will do, and how to mend it",
     "demo": "the main job on the embedded testbed, before and after",
 }
 

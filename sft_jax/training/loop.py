@@ -127,7 +127,7 @@ class Trainer:
                 if pending is not None:
                     self._report(step, pending)
                 if step > first:
-                    self._save(step, state, stopping)
+                    self._save_now(step, state, stopping)
                 self.manager.wait()
                 raise Preempted(f"stopped at step {step} of {self.num_steps}, saved. Run the same command to go on.")
             profile.before(step + 1)
@@ -144,8 +144,11 @@ class Trainer:
                 if is_best or stopping.stopped or self._saves_after(step):
                     self._save(step, state, stopping, is_best)
                 self.meter.restart_clock()
+            elif self.manager.poll():
+                self._save(step, state, stopping)
         profile.close()
-        self.manager.wait()
+        if step > first:
+            self._save_now(step, state, stopping)
         return state
 
     def _evaluates_after(self, step: int) -> bool:
@@ -196,3 +199,7 @@ class Trainer:
     def _save(self, step: int, state: TrainState, stopping: EarlyStopping, is_best: bool = False) -> None:
         meta = {**self.meta, "stopping": stopping.to_json()}
         self.manager.save(step, vars(state), meta, stopping.best_saved_loss if is_best else None)
+
+    def _save_now(self, step: int, state: TrainState, stopping: EarlyStopping) -> None:
+        """The last save of this process: there will be no later step to save in its place."""
+        self.manager.save_now(step, vars(state), {**self.meta, "stopping": stopping.to_json()})

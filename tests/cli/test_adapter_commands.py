@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
 
-from sft_jax.checkpoint.manager import CheckpointManager
+from sft_jax.checkpoint.reader import CheckpointReader
 from sft_jax.cli.main import dispatch
 from sft_jax.command_line import run_command
 from sft_jax.testbed.make import BASE_MODEL
@@ -75,12 +75,12 @@ def read_adapter(folder):
 
 
 def test_checkpoints_hold_what_trains_and_nothing_else(folder):
-    manager = CheckpointManager(folder / "run" / "checkpoints")
-    assert manager.all_steps() == [2, 4]
-    meta = manager.read_meta(4)["model"]
+    reader = CheckpointReader(folder / "run")
+    assert all(reader.read_meta(step) for step in (2, 4))
+    meta = reader.read_meta(4)["model"]
     assert meta["config.lora.rank"] == 4
     assert len(meta["weights in config.model.path"]) == 64
-    manager.close()
+    reader.close()
     saved = sum(file.stat().st_size for file in (folder / "run" / "checkpoints" / "4").rglob("*") if file.is_file())
     trained = sum(values.nbytes for values in read_adapter(folder / "run" / "adapter").values())
     assert saved < 3.5 * trained  # with both moments of Adam; embed_tokens is in the adapter twice

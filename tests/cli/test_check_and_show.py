@@ -4,6 +4,7 @@ import json
 
 import pytest
 
+from sft_jax.checkpoint.restorable import Found
 from sft_jax.cli.main import dispatch
 from sft_jax.command_line import run_command
 from sft_jax.testbed.make import BASE_MODEL
@@ -85,17 +86,16 @@ def test_check_refuses_what_a_resume_would(capsys, monkeypatch, tmp_path):
     class Checkpoints:
         """Of a run on other data."""
 
-        def __init__(self, folder, keep_latest):
-            assert folder.name == "checkpoints"
+        def __init__(self, folder):
+            assert folder.name == "run"
 
-        def latest_step(self):
-            return 3
+        def find_restorable(self):
+            return Found(3, [])
 
         def read_meta(self, step):
             return {"data": {"config.data.max_seq_len": 32}}
 
-    (tmp_path / "run/checkpoints").mkdir()
-    monkeypatch.setattr("sft_jax.cli.check.CheckpointManager", Checkpoints)
+    monkeypatch.setattr("sft_jax.cli.check.CheckpointReader", Checkpoints)
     error = call(capsys, "check", status=2)
     assert "run has a checkpoint of step 3" in error
     assert "config.data.max_seq_len: 32 -> 64" in error

@@ -8,7 +8,8 @@ from pathlib import Path
 import pytest
 from etils import epath
 
-from sft_jax.checkpoint.manager import CheckpointManager
+from sft_jax.checkpoint.reader import CheckpointReader
+from sft_jax.cli.main import dispatch
 from sft_jax.command_line import run_command
 from sft_jax.main import main
 from sft_jax.testbed.make import BASE_MODEL
@@ -181,10 +182,10 @@ def test_the_way_through_is_said_and_remembered(folder, capsys, flag):
     status, out, err = train(capsys, "--config.schedule.num_steps=5")
     assert status == 0, err
     assert "overridden  at step 2" in out
-    manager = CheckpointManager(epath.Path("run/checkpoints"))
-    assert manager.latest_step() == 5
-    assert manager.read_meta(5)["overrides"] == [{"step": 2, "changes": changes}]
-    manager.close()
+    reader = CheckpointReader(epath.Path("run"))
+    assert reader.find_restorable().step == 5
+    assert reader.read_meta(5)["overrides"] == [{"step": 2, "changes": changes}]
+    reader.close()
     assert [json.loads(line)["step"] for line in (folder / "run" / "metrics.jsonl").read_text().splitlines()] == [
         *range(1, 6)
     ]
@@ -205,3 +206,54 @@ def test_the_flag_changes_nothing_where_nothing_changed(folder, capsys):
     status, out, err = train(capsys, "--override-fingerprint", "--config.schedule.num_steps=3")
     assert status == 0, err
     assert "overridden" not in out
+
+
+def spoil(step):
+    """Change a byte of a step, whichever file it falls in."""
+    path = max(Path(f"run/checkpoints/{step}").rglob("d/*"), key=lambda path: path.stat().st_size)
+    data = bytearray(path.read_bytes())
+    data[len(data) // 2] ^= 1
+    path.write_bytes(data)
+
+
+def test_a_damaged_checkpoint_is_passed_over_and_kept(folder, capsys):
+    assert train(capsys, "--config.schedule.num_steps=4")[0] == 0
+    spoil(4)
+    status, out, err = train(capsys, "--config.schedule.num_steps=5")
+    assert status == 0, err
+    assert "resumed     at step 2 of 5" in out
+    (said,) = (line for line in out.splitlines() if line.startswith("passed over"))
+    assert "run/checkpoints/4: state/" in said
+    assert "is not what was written" in said
+    assert (folder / "run" / "quarantine" / "4").is_dir()
+
+
+def test_a_run_begins_again_only_when_that_is_asked_for(folder, capsys):
+    spoil(2)
+    files = {path: path.read_bytes() for path in (folder / "run").rglob("*") if path.is_file()}
+    for _ in range(2):
+        status, _, err = train(capsys, "--config.schedule.num_steps=3")
+        assert status == 5
+        assert "begin again at step 0 by --allow-fresh" in err
+        assert {path: path.read_bytes() for path in (folder / "run").rglob("*") if path.is_file()} == files
+    assert run_command(dispatch, ["check", "--config=config.py"]) == 5
+    status, out, err = train(capsys, "--config.schedule.num_steps=3", "--allow-fresh")
+    assert status == 0, err
+    assert "resumed" not in out
+    assert not json.loads((folder / "run" / "config.json").read_text())["run"]["allow_fresh"]
+    assert [json.loads(line)["step"] for line in (folder / "run" / "metrics.jsonl").read_text().splitlines()] == [
+        *range(1, 4)
+    ]
+
+
+def test_export_takes_the_newest_whole_step_and_refuses_a_damaged_one(folder, capsys):
+    assert train(capsys, "--config.schedule.num_steps=4")[0] == 0
+    spoil(4)
+    assert run_command(dispatch, ["export", "--run=run", "--to=damaged", "--step=4"]) == 5
+    assert "run/checkpoints/4: is damaged: state/" in capsys.readouterr().err
+    assert not Path("damaged").exists()
+    assert run_command(dispatch, ["export", "--run=run", "--to=whole"]) == 0
+    said = capsys.readouterr()
+    assert "step 2 exported" in said.out
+    assert "passed over" in said.err
+    assert (folder / "run" / "checkpoints" / "4").is_dir()
