@@ -15,6 +15,7 @@ COMMANDS = {
     "score": "loss of a folder's model on given rows",
     "convert": "a Hugging Face folder as an Orbax checkpoint that many hosts read in parallel",
     "export": "a checkpoint of a run as a Hugging Face folder",
+    "plan": "the step compiled for TPUs that are not here: does it fit, how long would it take",
     "demo": "the main job on the embedded testbed, before and after",
 }
 

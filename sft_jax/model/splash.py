@@ -128,8 +128,8 @@ def _attend_local(
     def attend_row(q_NLH: Any, k_KLH: Any, v_KLH: Any, ids_L: Any) -> Any:
         return kernel(q_NLH, k_KLH, v_KLH, kernel_lib.SegmentIds(ids_L, ids_L), sinks)
 
-    by_heads = (jnp.swapaxes(x, 1, 2) for x in (q * scores.scale, k, v))
-    out_BLNH = jnp.swapaxes(jax.vmap(attend_row)(*by_heads, segment_ids), 1, 2)
+    q_BNLH, k_BKLH, v_BKLH = (jnp.swapaxes(x, 1, 2) for x in (q * scores.scale, k, v))
+    out_BLNH = jnp.swapaxes(jax.vmap(attend_row)(q_BNLH, k_BKLH, v_BKLH, segment_ids), 1, 2)
     return jnp.where(segment_ids[:, :, None, None] != 0, out_BLNH, 0)  # padding sees padding in there
 
 
