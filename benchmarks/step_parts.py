@@ -12,8 +12,7 @@ import jax
 import jax.numpy as jnp
 
 from sft_jax.command_line import read_config
-from sft_jax.experiment import open_renderer, open_train_data, place_batches, place_model
-from sft_jax.main import jit_train_step
+from sft_jax.experiment import jit_train_step, open_renderer, open_train_data, place_batches, place_model
 from sft_jax.model.transformer import forward
 from sft_jax.training.loss import sum_cross_entropy
 from sft_jax.training.state import init_state
@@ -54,7 +53,7 @@ def main() -> None:
             jax.jit(jax.grad(head, argnums=(0, 1))), hidden, params["embed.embedding"]
         ),
     }
-    step, state = jit_train_step(placed, data), init_state(params, placed.optimizer)
+    step, state = jit_train_step(placed, data.num_steps, len(data.source_names)), init_state(params, placed.optimizer)
 
     def run_step() -> Any:
         nonlocal state

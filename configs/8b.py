@@ -15,6 +15,7 @@ def get_config():
     config.run.distributed = True
     config.model.path = os.environ.get("MODEL_DIR", "models/Llama-3.1-8B-Instruct")
     config.model.preset = "llama3.1-8b"
+    config.model.attention = "splash"
     data = os.environ.get("DATA_DIR", "data")
     config.data.train = [dict(path=f"{data}/train.jsonl")]
     config.data.eval = [dict(path=f"{data}/held_out.jsonl")]

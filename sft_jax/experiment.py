@@ -32,8 +32,9 @@ from sft_jax.sharding import (
 )
 from sft_jax.training.evaluation import Evaluator, make_held_out_loss
 from sft_jax.training.loop import EarlyStopping
+from sft_jax.training.optimizer import build_schedule
 from sft_jax.training.state import TrainState, init_state
-from sft_jax.training.step import make_eval_step
+from sft_jax.training.step import make_eval_step, make_train_step
 from sft_jax.typing import Array
 
 
@@ -87,6 +88,12 @@ def open_model_config(config: Config, renderer: Renderer) -> TransformerConfig:
     Raises:
       ConfigError: the folder is not what `config.model.preset` says.
     """
+    model = read_model_config(config)
+    return dataclasses.replace(model, vocab_size=max(model.vocab_size, renderer.tokenizer.vocab_size))
+
+
+def read_model_config(config: Config) -> TransformerConfig:
+    """The same without a tokenizer, whose new tokens would have rows of their own."""
     if not config.model.path:
         model = preset_config(config.model.preset, config.model.overrides)
     else:
@@ -103,7 +110,7 @@ def open_model_config(config: Config, renderer: Renderer) -> TransformerConfig:
                 f"config.model.path: {config.model.path} is not a {config.model.preset}: {', '.join(differing)}. "
                 "Name the right folder, or leave config.model.preset empty."
             )
-    return dataclasses.replace(model, vocab_size=max(model.vocab_size, renderer.tokenizer.vocab_size))
+    return model
 
 
 def place_model(config: Config, renderer: Renderer) -> ModelOnMesh:
@@ -117,6 +124,15 @@ def place_model(config: Config, renderer: Renderer) -> ModelOnMesh:
     placed = ModelOnMesh(config, open_model_config(config, renderer), mesh)
     assert placed.shardings  # made now, so that a wrong size or name is said before anything is read
     return placed
+
+
+def jit_train_step(placed: ModelOnMesh, num_steps: int, num_sources: int) -> jax.stages.Wrapped:
+    """The compiled step: the old state's memory is given to the new one, and metrics are on every device."""
+    config = placed.config
+    schedule = build_schedule(config.schedule, config.optimizer.learning_rate, num_steps)
+    step = make_train_step(config, placed.model, placed.optimizer, schedule, placed.mesh, num_sources=num_sources)
+    state_shardings = jax.tree.map(lambda leaf: leaf.sharding, placed.abstract_state)
+    return jax.jit(step, donate_argnums=0, out_shardings=(state_shardings, replicated(placed.mesh)))
 
 
 def open_sources_of_step(

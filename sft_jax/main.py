@@ -26,6 +26,7 @@ from sft_jax.data.rendering import Renderer
 from sft_jax.datatypes import PREEMPTED_EXIT_CODE, ConfigError, NumericError, StorageError
 from sft_jax.experiment import (
     ModelOnMesh,
+    jit_train_step,
     open_evaluators,
     open_renderer,
     open_sources_of_step,
@@ -35,14 +36,11 @@ from sft_jax.experiment import (
     place_model,
     use_compilation_cache,
 )
-from sft_jax.model.families import TransformerConfig, num_active_params, num_params
+from sft_jax.model.families import num_params, train_flops_per_token
 from sft_jax.provenance import describe_environment
-from sft_jax.sharding import replicated
 from sft_jax.training.evaluation import Evaluator
 from sft_jax.training.loop import Preempted, StopSignal, Trainer
 from sft_jax.training.metrics import MetricsWriter, ProgressReporter, StepMeter
-from sft_jax.training.optimizer import build_schedule
-from sft_jax.training.step import make_train_step
 
 
 def run(config: Config, console: Console | None = None) -> epath.Path:
@@ -122,7 +120,7 @@ def train_and_export(
         config=config,
         run_dir=run_dir,
         num_steps=data.num_steps,
-        train_step=jit_train_step(placed, data),
+        train_step=jit_train_step(placed, data.num_steps, len(data.source_names)),
         batches=place_batches(data, placed.mesh, config.batch.batch_size),
         evaluators=evaluators,
         manager=manager,
@@ -168,25 +166,6 @@ def train_and_export(
             except ConfigError as error:  # PEFT has no form for it, and the merged model is there
                 console.print(f"no adapter folder: {error}", soft_wrap=True)
     return run_dir
-
-
-def jit_train_step(placed: ModelOnMesh, data: PackedDataset) -> jax.stages.Wrapped:
-    """The compiled step: the old state's memory is given to the new one, and metrics are on every device."""
-    config = placed.config
-    schedule = build_schedule(config.schedule, config.optimizer.learning_rate, data.num_steps)
-    step = make_train_step(
-        config, placed.model, placed.optimizer, schedule, placed.mesh, num_sources=len(data.source_names)
-    )
-    state_shardings = jax.tree.map(lambda leaf: leaf.sharding, placed.abstract_state)
-    return jax.jit(step, donate_argnums=0, out_shardings=(state_shardings, replicated(placed.mesh)))
-
-
-def train_flops_per_token(model: TransformerConfig, length: int) -> int:
-    """Forward and backward matmul FLOPs per token: 6 per parameter that multiplies, and causal attention over rows of
-    `length`. Source: PaLM (arXiv:2204.02311), appendix B, with half of the attention square."""
-    embedding = 0 if model.tie_embeddings else model.vocab_size * model.embed_dim
-    attention = 3 * model.num_layers * model.num_heads * (model.head_dim + model.value_dim) * length
-    return 6 * (num_active_params(model) - embedding) + attention
 
 
 def make_run_dir(run_dir: epath.Path) -> None:

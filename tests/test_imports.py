@@ -19,6 +19,7 @@ FLOORS = [
     {"testbed"},
     {"placed_model"},
     {"experiment", "provenance"},
+    {"planning"},
     {"main"},
     {"cli"},
 ]

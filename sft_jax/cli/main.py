@@ -17,6 +17,7 @@ COMMANDS = {
     "export": "a checkpoint of a run as a Hugging Face folder",
     "verify": "every byte of a checkpoint, or of all of a run's, held against what was written",
     "doctor": "what state a run is in, what a restart will do, and how to mend it",
+    "plan": "the step compiled for TPUs that are not here: does it fit, how long would it take",
     "demo": "the main job on the embedded testbed, before and after",
 }
 

@@ -230,6 +230,14 @@ def num_active_params(config: TransformerConfig) -> int:
     return num_params(config) - idle
 
 
+def train_flops_per_token(config: TransformerConfig, length: int) -> int:
+    """Forward and backward matmul FLOPs per token: 6 per parameter that multiplies, and causal attention over rows of
+    `length`. Source: PaLM (arXiv:2204.02311), appendix B, with half of the attention square."""
+    embedding = 0 if config.tie_embeddings else config.vocab_size * config.embed_dim
+    attention = 3 * config.num_layers * config.num_heads * (config.head_dim + config.value_dim) * length
+    return 6 * (num_active_params(config) - embedding) + attention
+
+
 def _attention_params(config: TransformerConfig) -> int:
     embed, heads, kv_heads, latent = config.embed_dim, config.num_heads, config.num_kv_heads, config.latent
     if latent:

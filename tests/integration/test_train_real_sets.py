@@ -12,8 +12,7 @@ import pytest
 
 from sft_jax.config import from_config_dict
 from sft_jax.datatypes import DataError
-from sft_jax.experiment import open_renderer, open_train_data, place_batches, place_model
-from sft_jax.main import jit_train_step
+from sft_jax.experiment import jit_train_step, open_renderer, open_train_data, place_batches, place_model
 from sft_jax.training.state import init_state
 
 NUM_STEPS, MAX_ROWS, MAX_SEQ_LEN = 2, 100, 1024
@@ -76,7 +75,7 @@ def world(assets, tmp_path_factory):
 
     def train(config, data):
         placed = place_model(config, parts["renderer"])
-        parts["step"] = parts.get("step") or jit_train_step(placed, data)
+        parts["step"] = parts.get("step") or jit_train_step(placed, data.num_steps, len(data.source_names))
         state = init_state(placed.open_params()[0], placed.optimizer)
         metrics = []
         for batch in place_batches(data, placed.mesh, config.batch.batch_size)():

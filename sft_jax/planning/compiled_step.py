@@ -1,0 +1,97 @@
+"""A config and a topology -> the compiled train step, or how much memory it lacks. Nothing is loaded or allocated."""
+
+import dataclasses
+import math
+import re
+import time
+
+import jax
+import numpy as np
+from jax.sharding import Mesh
+
+from sft_jax.config_schema import Config
+from sft_jax.datatypes import ConfigError
+from sft_jax.experiment import jit_train_step, read_model_config
+from sft_jax.placed_model import ModelOnMesh
+from sft_jax.planning.topology import Topology, open_mesh
+from sft_jax.sharding import abstract_batch, check_batch_divides
+
+
+@dataclasses.dataclass(frozen=True)
+class CompiledStep:
+    """The step that `sft_jax.main` would run there. `compiled` is None where the compiler found too little memory, and
+    then `needed_bytes` is what it asked for."""
+
+    placed: ModelOnMesh
+    compiled: jax.stages.Compiled | None
+    compile_seconds: float
+    """Of tracing, lowering and compiling."""
+    needed_bytes: int = 0
+    compiler_says: str = ""
+
+    @property
+    def mesh(self) -> Mesh:
+        assert isinstance(self.placed.mesh, Mesh)
+        return self.placed.mesh
+
+
+def compile_step(config: Config, topology: Topology) -> CompiledStep:
+    """
+    Raises:
+      ConfigError: the model, the batch or the mesh does not suit the topology, or a kernel cannot do what is asked.
+    """
+    if config.lora.init_from or (config.model.path and not config.model.preset):
+        model = read_model_config(config)
+    else:  # the preset's folder need not be here
+        model = read_model_config(_without_folder(config))
+    mesh = open_mesh(topology, config.mesh)
+    check_batch_divides(config, mesh)
+    placed = ModelOnMesh(config, model, mesh)
+    start = time.monotonic()
+    frozen = {
+        path: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=placed.shardings[path])
+        for path, leaf in placed.leaves[1].items()
+    }
+    batch = abstract_batch(mesh, config.batch.batch_size, config.data.max_seq_len)
+    num_steps = config.schedule.num_steps or 1000  # it shapes the learning rate and nothing of the program
+    lowered = jit_train_step(placed, num_steps, len(config.data.train)).lower(placed.abstract_state, frozen, batch)
+    try:
+        compiled = lowered.compile()
+    except jax.errors.JaxRuntimeError as error:
+        needed = _needed_bytes(str(error))
+        if needed is None:
+            raise ConfigError(
+                f"--topology={topology.name}: the compiler refuses the step: {str(error)[:2000]}. Change what it "
+                "names, or set config.model.attention='reference' where it is a kernel."
+            ) from error
+        return CompiledStep(placed, None, time.monotonic() - start, needed, str(error))
+    return CompiledStep(placed, compiled, time.monotonic() - start)
+
+
+def _without_folder(config: Config) -> Config:
+    return dataclasses.replace(config, model=dataclasses.replace(config.model, path=""))
+
+
+def _needed_bytes(message: str) -> int | None:
+    """Of `Used 40.21G of 31.24G hbm.`; None where it is another complaint."""
+    if "RESOURCE_EXHAUSTED" not in message:
+        return None
+    match = re.search(r"Used ([\d.]+)([KMGT]) of ([\d.]+)([KMGT]) hbm", message)
+    return int(float(match[1]) * 1024 ** ("KMGT".index(match[2]) + 1)) if match else None
+
+
+def device_coords(mesh: Mesh) -> np.ndarray:
+    """[devices in the mesh's order, slice and place in the torus]."""
+
+    def place(device: jax.Device) -> tuple[int, ...]:
+        if device.platform != "tpu":
+            return (0, device.id)
+        return (getattr(device, "slice_index", 0) or 0, *device.coords)
+
+    return np.array([place(device) for device in mesh.devices.flat])
+
+
+def shard_bytes(tree: object) -> int:
+    """What one device holds of arrays or abstract arrays with shardings."""
+    leaves = jax.tree.leaves(tree)
+    return sum(math.prod(leaf.sharding.shard_shape(leaf.shape)) * leaf.dtype.itemsize for leaf in leaves)

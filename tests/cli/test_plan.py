@@ -1,0 +1,139 @@
+"""`sft-jax plan` on fake CPU devices: the whole command, with no TPU compiler."""
+
+import dataclasses
+import json
+import re
+
+import jax
+import pytest
+
+from sft_jax.cli.main import dispatch
+from sft_jax.command_line import read_config, run_command
+from sft_jax.experiment import jit_train_step, read_model_config
+from sft_jax.placed_model import ModelOnMesh
+from sft_jax.planning import topology
+from sft_jax.sharding import Batch, abstract_batch, build_mesh
+from sft_jax.training.state import init_state
+
+CONFIG = """
+from sft_jax.config import default_config
+
+def get_config():
+    config = default_config()
+    config.run.dir = "run"
+    config.model.preset = "testbed"
+    config.model.path = "models/that/are/not/here"
+    config.data.train = [dict(path="data/that/is/not/here.jsonl")]
+    config.data.max_seq_len = 256
+    config.batch.batch_size = 8
+    return config
+"""
+KEYS = {"fits", "peak_bytes", "hbm_bytes", "bytes", "flops", "collective_bytes", "step_seconds", "mfu",
+        "compile_seconds"}  # fmt: skip
+
+
+@pytest.fixture
+def folder(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "config.py").write_text(CONFIG)
+    return tmp_path
+
+
+def run(capsys, *args):
+    status = run_command(dispatch, ["plan", "--config=config.py", *args])
+    captured = capsys.readouterr()
+    return status, captured.out, captured.err
+
+
+def plan(capsys, *args):
+    status, out, err = run(capsys, "--json", *args)
+    assert err == ""
+    return status, json.loads(out)
+
+
+def test_bytes_equal_those_of_live_arrays(folder, capsys):
+    args = ["--config.mesh.fsdp=2", "--config.mesh.tensor=2", "--config.mesh.replica=2"]
+    status, found = plan(capsys, "--topology=cpu:8", *args)
+    assert status == 0
+    assert found.keys() >= KEYS
+
+    config = read_config(["--config=config.py", *args, "--config.model.path=", "--config.data.tokenizer=x"])
+    placed = ModelOnMesh(config, read_model_config(config), build_mesh(config.mesh))
+    params, frozen = placed.open_params()
+    state = init_state(params, placed.optimizer)
+    shapes = abstract_batch(placed.mesh, 8, 256)
+    batch = jax.tree.map(lambda leaf: jax.device_put(jax.numpy.ones(leaf.shape, leaf.dtype), leaf.sharding), shapes)
+    assert isinstance(batch, Batch)
+    live = lambda tree: sum(leaf.addressable_shards[0].data.nbytes for leaf in jax.tree.leaves(tree))  # noqa: E731
+    assert found["bytes"]["parameters"] == live(state.params)
+    assert found["bytes"]["optimizer"] == live(state.opt_state)
+    read = dataclasses.replace(batch, rows=())  # jit leaves out what no draw is keyed by
+    assert found["bytes"]["arguments"] == live((state, frozen, read))
+    new_state, metrics = jit_train_step(placed, 10, 1)(state, frozen, batch)
+    results = live((new_state, metrics))
+    num_results = len(jax.tree.leaves((new_state, metrics)))
+    assert found["bytes"]["outputs"] == results + 8 * num_results  # and the table of the results' addresses
+
+
+def test_a_layer_more_is_a_layers_flops_more(folder, capsys):
+    flops = []
+    for layers in (1, 2, 3):
+        lines = (
+            f'config.model.path = ""; config.data.tokenizer = "x"; config.model.overrides = {{"num_layers": {layers}}}'
+        )
+        (folder / "config.py").write_text(CONFIG.replace('config.model.path = "models/that/are/not/here"', lines))
+        flops.append(plan(capsys, "--topology=cpu:1", "--config.batch.batch_size=1")[1]["flops"])
+    assert flops[2] - flops[1] == pytest.approx(flops[1] - flops[0])
+    assert flops[1] > 1.1 * flops[0]
+
+
+def test_what_does_not_fit_is_a_plan_with_status_1(folder, capsys, monkeypatch):
+    small = topology.CHIPS["cpu"].__class__(**{**vars(topology.CHIPS["cpu"]), "hbm_bytes": 2**20})
+    monkeypatch.setitem(topology.CHIPS, "cpu", small)
+    status, found = plan(capsys, "--topology=cpu:1")
+    assert status == 1
+    assert not found["fits"]
+    assert found["peak_bytes"] > found["hbm_bytes"] == 2**20
+    status, out, _ = run(capsys, "--topology=cpu:1")
+    assert status == 1
+    assert "too much" in out
+    assert "config.model.attention: is reference" in out
+    assert "config.batch.grad_accum_steps: 8 rows" in out
+
+
+def test_hours_are_counted_from_the_data_report(folder, capsys):
+    assert plan(capsys, "--topology=cpu:8")[1]["hours"] == 0
+    (folder / "run").mkdir()
+    report = {"rows_per_epoch": 81, "supervised_fraction": 0.5, "fill_fraction": 1.0}
+    (folder / "run" / "data_report.json").write_text(json.dumps(report))
+    found = plan(capsys, "--topology=cpu:8")[1]
+    assert found["num_steps"] == 21  # 2 epochs of 81 rows, 8 a step
+    assert found["chip_hours"] == pytest.approx(8 * 21 * found["step_seconds"] / 3600)
+    assert found["supervised_tokens_per_second"] == pytest.approx(found["tokens_per_second"] / 2)
+
+
+@pytest.mark.parametrize(
+    ("args", "message"),
+    [
+        (["--topology=v9:4"], "--topology=v9:4.*Known: .*v5p:2x2x1"),
+        (["--topology=cpu:8", "--config.mesh.tensor=3"], "config.mesh: .* needs"),
+        (["--topology=cpu:64"], "has 8 CPU devices"),
+        (["--topology=cpu:8", "--config.batch.batch_size=6"], "config.batch: .*6 rows"),
+        (["--topology=cpu:8", "--config.model.attention=splash", "--config.data.max_seq_len=200"], "Set 256"),
+    ],
+)
+def test_what_cannot_run_is_a_config_error(folder, capsys, args, message):
+
+    status, _, err = run(capsys, *args)
+    assert status == 2
+    assert re.search(message, err)
+
+
+def test_without_the_tpu_compiler_it_says_what_to_install(folder, capsys, monkeypatch):
+    def missing(*_, **__):
+        raise RuntimeError("Unable to initialize backend 'tpu': libtpu.so: cannot open shared object file")
+
+    monkeypatch.setattr(topology.topologies, "get_topology_desc", missing)
+    status, _, err = run(capsys, "--topology=v5p:4x4x4")
+    assert status == 2
+    assert "pip install 'sft_jax[tpu]'" in err

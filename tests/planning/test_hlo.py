@@ -1,0 +1,191 @@
+"""Trip counts, products, bytes and live buffers of small compiled programs, against what their shapes say."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from sft_jax.planning.chips import CHIPS
+from sft_jax.planning.flops import count_flops, count_kernel_flops
+from sft_jax.planning.hlo import Instruction, Shape, parse_program, walk_executed
+from sft_jax.planning.live import find_peak
+from sft_jax.planning.roofline import count_work
+from sft_jax.planning.topology import Topology
+from sft_jax.planning.traffic import Collective, count_memory_bytes, find_collectives
+
+ROWS, DIM, TRIPS = 32, 64, 5
+
+
+def compile_text(function, *shapes, dtype=jnp.float32, **options):
+    arguments = [jax.ShapeDtypeStruct(shape, dtype) for shape in shapes]
+    return jax.jit(function, **options).lower(*arguments).compile().as_text()
+
+
+def total_flops(text, unknown_trips=1):
+    program = parse_program(text)
+    return sum(
+        e.times * count_flops(program, e.computation, e.instruction) for e in walk_executed(program, unknown_trips)
+    )
+
+
+def scanned(x, stack):
+    return jax.lax.scan(lambda x, w: (jnp.tanh(x @ w), None), x, stack)[0]
+
+
+def test_a_scanned_product_counts_once_a_round():
+    text = compile_text(scanned, (ROWS, DIM), (TRIPS, DIM, DIM))
+    assert total_flops(text) == TRIPS * 2 * ROWS * DIM * DIM
+
+
+def test_loops_in_loops_multiply_and_the_backward_pass_counts():
+    def loss(x, stack):
+        twice = lambda x, _: (scanned(x, stack), None)  # noqa: E731
+        return jnp.sum(jax.lax.scan(twice, x, None, length=3)[0])
+
+    once = TRIPS * 2 * ROWS * DIM * DIM
+    assert total_flops(compile_text(loss, (ROWS, DIM), (TRIPS, DIM, DIM))) == 3 * once
+    assert total_flops(compile_text(jax.grad(loss, (0, 1)), (ROWS, DIM), (TRIPS, DIM, DIM))) == 9 * once
+
+
+def test_a_loop_whose_end_is_data_runs_as_often_as_the_caller_says():
+    def run(x, stack):
+        return jax.lax.fori_loop(0, jnp.sum(x > 0), lambda i, x: x @ stack[0], x)
+
+    text = compile_text(run, (ROWS, DIM), (TRIPS, DIM, DIM))
+    assert total_flops(text) == 2 * ROWS * DIM * DIM
+    assert total_flops(text, 7) == 7 * 2 * ROWS * DIM * DIM
+
+
+# What the TPU compiler writes, which cannot be compiled in every place: products as convolutions, bounds as constants.
+TPU_TEXT = """HloModule step, is_scheduled=true
+
+%fused (p0: bf16[32,64], p1: bf16[64,128]) -> bf16[32,128] {
+  %p0 = bf16[32,64]{1,0:T(8,128)(2,1)S(1)} parameter(0)
+  %p1 = bf16[64,128]{1,0:T(8,128)(2,1)} parameter(1)
+  ROOT %c = bf16[32,128]{1,0:T(8,128)(2,1)} convolution(%p0, %p1), dim_labels=bf_io->bf
+}
+
+%body (t: (s32[], bf16[32,64], bf16[64,128])) -> (s32[], bf16[32,64], bf16[64,128]) {
+  %t = (s32[]{:T(128)}, bf16[32,64]{1,0:T(8,128)(2,1)S(1)}, bf16[64,128]{1,0:T(8,128)(2,1)}) parameter(0)
+  %i = s32[]{:T(128)} get-tuple-element(%t), index=0
+  %x = bf16[32,64]{1,0:T(8,128)(2,1)S(1)} get-tuple-element(%t), index=1
+  %w = bf16[64,128]{1,0:T(8,128)(2,1)} get-tuple-element(%t), index=2
+  %y = bf16[32,128]{1,0:T(8,128)(2,1)} fusion(%x, %w), kind=kOutput, calls=%fused
+  %k = bf16[32,128]{1,0:T(8,128)(2,1)} custom-call(%y), custom_call_target="x", frontend_attributes={kernel_metadata={
+"note":"{\\"block\\": 8}"
+}}, metadata={op_name="step/kernel"}
+  %r = bf16[32,128]{1,0:T(8,128)(2,1)} all-reduce(%y), replica_groups=mesh['a'=2,'b'=4] {'b'}, to_apply=%add
+  ROOT %o = (s32[]{:T(128)}, bf16[32,64]{1,0:T(8,128)(2,1)S(1)}, bf16[64,128]{1,0}) tuple(%i, %x, %w)
+}
+
+%cond (t.1: (s32[], bf16[32,64], bf16[64,128])) -> pred[] {
+  %bound = s32[]{:T(128)} constant(6)
+  %t.1 = (s32[]{:T(128)}, bf16[32,64]{1,0:T(8,128)(2,1)S(1)}, bf16[64,128]{1,0:T(8,128)(2,1)}) parameter(0)
+  %i.1 = s32[]{:T(128)} get-tuple-element(%t.1), index=0
+  ROOT %lt = pred[]{:T(512)} compare(%i.1, %bound), direction=LT
+}
+
+ENTRY %main (a: (s32[], bf16[32,64], bf16[64,128])) -> (s32[], bf16[32,64], bf16[64,128]) {
+  %a = (s32[]{:T(128)}, bf16[32,64]{1,0:T(8,128)(2,1)S(1)}, bf16[64,128]{1,0:T(8,128)(2,1)}) parameter(0)
+  ROOT %loop = (s32[], bf16[32,64]{1,0:S(1)}, bf16[64,128]{1,0}) while(%a), condition=%cond, body=%body
+}
+"""
+
+
+def test_the_tpu_compilers_text():
+    program = parse_program(TPU_TEXT)
+    assert total_flops(TPU_TEXT) == 6 * 2 * 32 * 64 * 128
+    product = program.computations["body"]["y"]
+    assert program.computations["body"]["k"].op_name == "step/kernel"  # on several lines
+    # The input lies on the chip: only the weights are read and the result written.
+    assert count_memory_bytes(program, "body", product) == 2 * (64 * 128 + 32 * 128)
+    [reduced] = find_collectives(program, "body", program.computations["body"]["r"], 8)
+    assert (reduced.kind, reduced.group, reduced.is_async) == ("all-reduce", (0, 1, 2, 3), False)
+    assert reduced.wire_bytes == 2 * 3 / 4 * 2 * 32 * 128
+
+
+def test_a_batched_product_written_as_a_window_counts_its_own_taps_only():
+    """[4, 32, 64] @ [4, 64, 16] as the TPU compiler writes it: the batch is a window of 4 that meets one value."""
+    text = """HloModule m
+
+ENTRY %main (x: bf16[4,32,64], w: bf16[4,64,16]) -> bf16[4,32,16] {
+  %x = bf16[4,32,64]{2,1,0} parameter(0)
+  %w = bf16[4,64,16]{2,1,0} parameter(1)
+  ROOT %c = bf16[4,32,16]{2,1,0} convolution(%x, %w), window={size=4 stride=3 lhs_dilate=4}, dim_labels=0bf_0io->0bf
+}
+"""
+    assert total_flops(text) == 2 * 4 * 32 * 64 * 16
+
+
+@pytest.mark.parametrize(
+    ("kernel", "table", "pairs", "products"),
+    [("fwd", (1, 8, 8), 36, 2), ("dkv", (1, 8, 8), 36, 4), ("dq", (1, 8, 8), 36, 3), ("fwd", (1, 8, 2), 15, 2)],
+)
+def test_attentions_kernel_counts_the_blocks_that_it_visits(kernel, table, pairs, products):
+    heads, length, dim = 4, 1024, 128
+    around = {
+        "table": Instruction("table", (Shape("s8", table, False),), "parameter", (), "", False),
+        **{
+            name: Instruction(name, (Shape("bf16", (heads, length, dim), False),), "parameter", (), "", False)
+            for name in "qkv"
+        },
+    }
+    call = Instruction("c", (), "custom-call", tuple(around), f'op_name="a/splash_mha_{kernel}_segmented"', False)
+    assert count_kernel_flops(around, call) == products * 2 * heads * pairs * (length // 8) ** 2 * dim
+
+
+@pytest.mark.parametrize(
+    ("attributes", "group"),
+    [
+        ("replica_groups={{0,4},{1,5}}", (0, 4)),
+        ("replica_groups=[4,2]<=[8]", (0, 1)),
+        ("replica_groups=[4,2]<=[2,4]T(1,0)", (0, 4)),
+        ("replica_groups=mesh['a'=2,'b'=4] {'a'}", (0, 4)),
+        ("replica_groups=mesh['a'=2,'b'=2,'c'=2] {'a','c'}", (0, 1, 4, 5)),
+        ("replica_groups=mesh['a'=8] {'a':(2)2}", (0, 2)),
+        ("replica_groups=mesh['a'=4,'b'=2], device_ids=([2,4]T(1,0)) {'a'}", (0, 1, 2, 3)),
+    ],
+)
+def test_groups_in_all_their_spellings(attributes, group):
+    line = f"  ROOT %g = f32[8,16]{{1,0}} all-gather(%x), {attributes}, dimensions={{0}}"
+    text = (
+        f"HloModule m\n\nENTRY %main (x: f32[4,16]) -> f32[8,16] {{\n  %x = f32[4,16]{{1,0}} parameter(0)\n{line}\n}}\n"
+    )
+    program = parse_program(text)
+    [found] = find_collectives(program, "main", program.computations["main"]["g"], 8)
+    assert found.group == group
+
+
+def test_collectives_of_a_sharded_program_are_found_with_their_axis():
+    mesh = jax.make_mesh((2, 4), ("replica", "fsdp"), axis_types=(jax.sharding.AxisType.Auto,) * 2)
+    place = lambda *axes: jax.NamedSharding(mesh, jax.P(*axes))  # noqa: E731
+    x = jax.ShapeDtypeStruct((ROWS, DIM), jnp.float32, sharding=place(("replica", "fsdp"), None))
+    stack = jax.ShapeDtypeStruct((TRIPS, DIM, DIM), jnp.float32, sharding=place(None, "fsdp", None))
+    program = parse_program(jax.jit(scanned).lower(x, stack).compile().as_text())
+    sizes = {"replica": 2, "fsdp": 4, "context": 1, "tensor": 1, "expert": 1}
+    coords = np.array([(0, i) for i in range(8)])
+    work = count_work(program, Topology(CHIPS["cpu"], (8,)), sizes, coords, unknown_trips=1)
+    [(key, (count, sent, seconds))] = work.collectives.items()
+    assert key == ("all-gather", "fsdp", False)
+    assert count == TRIPS
+    assert sent == TRIPS * DIM * DIM * 4 * 3 / 4
+    assert seconds == pytest.approx(sent / CHIPS["cpu"].link_bytes_per_second)
+
+
+def test_an_all_gather_of_half_the_devices_takes_half_of_them():
+    assert Collective("all-gather", 100.0, (0, 1), False).wire_bytes == 50
+
+
+def test_what_lives_at_the_peak_is_near_the_compilers_figure():
+    def loss(x, stack):
+        body = jax.checkpoint(lambda x, w: (jnp.tanh(x @ w), None))
+        return jnp.sum(jax.lax.scan(body, x, stack)[0])
+
+    shapes = [jax.ShapeDtypeStruct(shape, jnp.float32) for shape in ((256, 256), (8, 256, 256))]
+    compiled = jax.jit(jax.grad(loss)).lower(*shapes).compile()
+    peak = find_peak(parse_program(compiled.as_text()))
+    memory = compiled.memory_analysis()
+    expected = memory.temp_size_in_bytes + memory.output_size_in_bytes
+    assert 0.8 * expected <= peak.num_bytes <= 1.2 * expected
+    largest = peak.buffers[0]  # the inputs of the eight layers
+    assert (largest.shape.dims, largest.num_bytes) == ((8, 256, 256), 8 * 256 * 256 * 4)
