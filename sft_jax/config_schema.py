@@ -17,7 +17,7 @@ class RunConfig:
     seed: int = 0
     """Seeds initialisation, data order and every random draw of the step."""
     distributed: bool = False
-    """Join the job's other processes by `jax.distributed.initialize`, which finds them on TPU pods, GKE and Slurm."""
+    """Join the run's other processes: found on TPU pods, GKE and Slurm, named elsewhere (`sft_jax/processes.py`)."""
     compilation_cache: str = "~/.cache/sft_jax/xla"
     """Folder of the persistent compilation cache; empty: none."""
     override_fingerprint: bool = False

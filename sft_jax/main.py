@@ -37,6 +37,7 @@ from sft_jax.experiment import (
     use_compilation_cache,
 )
 from sft_jax.model.families import num_params, train_flops_per_token
+from sft_jax.processes import join_processes
 from sft_jax.provenance import describe_environment
 from sft_jax.training.evaluation import Evaluator
 from sft_jax.training.loop import Preempted, StopSignal, Trainer
@@ -55,7 +56,7 @@ def run(config: Config, console: Console | None = None) -> epath.Path:
     """
     console = console or Console()
     if config.run.distributed:
-        jax.distributed.initialize()
+        join_processes()
     stop_signal = StopSignal()
     use_compilation_cache(config)
     renderer = open_renderer(config)

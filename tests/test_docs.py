@@ -15,7 +15,7 @@ from sft_jax.datatypes import Origin, RawRow
 from sft_jax.testbed.make import BASE_MODEL
 
 ROOT = Path(__file__).parents[1]
-PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+PAGES = [ROOT / "README.md", ROOT / "launch" / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 
 
 def bash_blocks(page):
@@ -79,15 +79,17 @@ def test_the_house_page_has_every_file_of_data():
     assert [name for name in sorted(files) if not re.search(rf"[`/ ]{re.escape(name)}[` ]", page)] == []
 
 
-@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
 def test_links_lead_somewhere(page):
     for link in re.findall(r"\]\(([^)#]+)\)", page.read_text()):
         assert link.startswith("https://") or (page.parent / link).exists(), link
 
 
-@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
 def test_files_that_are_named_exist(page):
     named = set(
-        re.findall(r"\b((?:sft_jax|configs|benchmarks|tests|docs)/[\w/]+\.(?:py|md|jinja))\b", page.read_text())
+        re.findall(
+            r"\b((?:sft_jax|configs|benchmarks|tests|docs|launch)/[\w/]+\.(?:py|md|jinja|sh|yaml))\b", page.read_text()
+        )
     )
     assert not [name for name in named if not (ROOT / name).exists()]

@@ -12,7 +12,7 @@ FLOORS = [
     {"datatypes", "typing", "row_formats", "row_reasons"},
     {"config_schema"},
     {"config"},
-    {"data", "sharding", "command_line"},
+    {"data", "sharding", "command_line", "processes"},
     {"model"},
     {"checkpoint"},
     {"training", "inference"},
