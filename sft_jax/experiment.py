@@ -6,10 +6,12 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import jax
+import numpy as np
 from etils import epath
 from jax.sharding import AbstractMesh, Mesh
 
 from sft_jax.checkpoint.hf import grow_sources, open_sources, read_config
+from sft_jax.checkpoint.hf_names import EMBEDDING
 from sft_jax.checkpoint.param_source import ParamSource
 from sft_jax.checkpoint.reader import CheckpointReader
 from sft_jax.config_schema import Config, MeshConfig
@@ -20,7 +22,7 @@ from sft_jax.datatypes import ConfigError
 from sft_jax.model.families import TransformerConfig
 from sft_jax.model.presets import preset_config
 from sft_jax.model.transformer import Params
-from sft_jax.placed_model import BASE_WEIGHTS, ModelOnMesh
+from sft_jax.placed_model import BASE_WEIGHTS, OF_MODEL, ModelOnMesh
 from sft_jax.sharding import (
     Batch,
     build_abstract_mesh,
@@ -142,7 +144,7 @@ def open_sources_of_step(
     where it was frozen; of a kernel with an adapter, in both. Neither a mesh nor memory for the model is needed. Frozen
     random parameters are made again."""
     model = open_model_config(config, renderer)
-    check_base(config, model, reader, step)
+    check_model(config, model, reader, step)
     placed = ModelOnMesh(config, model, build_abstract_mesh(MeshConfig(fsdp=1), 1))
     if placed.leaves[1] and not config.model.path:
         on_mesh = place_model(config, renderer)
@@ -194,15 +196,29 @@ def open_start(placed: ModelOnMesh, reader: CheckpointReader, data: PackedDatase
     return Start(TrainState(**restored), placed.open_frozen(), stopping, overrides, passed_over)
 
 
-def check_base(config: Config, model: TransformerConfig, reader: CheckpointReader, step: int) -> None:
-    """Raises ConfigError where the weights in `config.model.path` are not those that a run's frozen ones came from."""
+def check_model(config: Config, model: TransformerConfig, reader: CheckpointReader, step: int) -> None:
+    """Raises ConfigError where the model in `config.model.path` is not the one that a run trained: its config.json says
+    other things, or, where parameters are frozen, its weights are others."""
     placed = ModelOnMesh(config, model, build_abstract_mesh(MeshConfig(fsdp=1), 1))
-    trained_on = reader.read_meta(step)["model"].get(BASE_WEIGHTS)
-    if trained_on and trained_on != placed.identity.get(BASE_WEIGHTS):
+    saved, now = (
+        {name: value for name, value in identity.items() if name == BASE_WEIGHTS or name.endswith(OF_MODEL)}
+        for identity in (reader.read_meta(step)["model"], placed.identity)
+    )
+    changes = describe_changes(saved, now)
+    if changes:
+        listed = "\n".join(f"  {change}" for change in changes)
         raise ConfigError(
-            f"config.model.path: {config.model.path} has not the weights that {config.run.dir} was trained on, and "
-            "what it learned means nothing on others. Restore them."
+            f"config.model.path: {config.model.path} is not the model that {config.run.dir} trained, and what it "
+            f"learned means nothing in another:\n{listed}\nRestore it."
         )
+
+
+def export_dtype(config: Config) -> str:
+    """That of the weights in `config.model.path`, so that bfloat16 stays bfloat16; without any, of the parameters."""
+    if not config.model.path:
+        return config.model.param_dtype
+    stored, _ = read_config(config.model.path)
+    return np.dtype(open_sources(config.model.path, stored)[EMBEDDING.path].dtype).name
 
 
 def refuse_changes(

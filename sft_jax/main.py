@@ -26,6 +26,7 @@ from sft_jax.data.rendering import Renderer
 from sft_jax.datatypes import PREEMPTED_EXIT_CODE, ConfigError, NumericError, StorageError
 from sft_jax.experiment import (
     ModelOnMesh,
+    export_dtype,
     jit_train_step,
     open_evaluators,
     open_renderer,
@@ -148,7 +149,6 @@ def train_and_export(
         params, template = {**state.params, **frozen}, renderer.template.text
         if config.lora.rank:  # from disk: a merged model beside this one would want its memory twice
             _, params = open_sources_of_step(config, renderer, manager, int(state.step))
-        dtype = config.model.param_dtype
         export_pretrained(
             run_dir / "export",
             params,
@@ -156,13 +156,14 @@ def train_and_export(
             renderer.tokenizer,
             template,
             renderer.stop_ids,
-            dtype,
+            export_dtype(config),
             model_card=make_model_card(run_dir, int(state.step)) if jax.process_index() == 0 else "",
         )
         console.print(f"exported to {run_dir / 'export'}", soft_wrap=True)
         if config.lora.rank:
             try:
-                export_adapter(run_dir / "adapter", state.params, placed.model, config.lora, config.model.path, dtype)
+                kept = config.model.param_dtype
+                export_adapter(run_dir / "adapter", state.params, placed.model, config.lora, config.model.path, kept)
                 console.print(f"adapter alone in {run_dir / 'adapter'}", soft_wrap=True)
             except ConfigError as error:  # PEFT has no form for it, and the merged model is there
                 console.print(f"no adapter folder: {error}", soft_wrap=True)

@@ -19,6 +19,7 @@ from sft_jax.checkpoint.quantized_source import HeldArray
 from sft_jax.config_schema import Config
 from sft_jax.datatypes import ConfigError
 from sft_jax.model.families import TransformerConfig
+from sft_jax.model.hf_config import to_hf_config
 from sft_jax.model.linear import ADAPTERS
 from sft_jax.model.lora import (
     ALL_LINEAR,
@@ -43,6 +44,8 @@ from sft_jax.training.state import TrainState, abstract_state, split_params
 from sft_jax.typing import Array
 
 BASE_WEIGHTS = "weights in config.model.path"
+OF_MODEL = " of the model"
+"""Ends the names of what its config.json says."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -114,6 +117,7 @@ class ModelOnMesh:
             options = dataclasses.asdict(lora)
             kept = ("rank", "alpha", "use_rslora", "use_dora", "targets", "modules_to_save", "quantize")
             identity |= {f"config.lora.{name}": options[name] for name in kept}
+        identity |= {f"{name}{OF_MODEL}": value for name, value in to_hf_config(self.model, "float32").items()}
         return json.loads(json.dumps(identity))  # as a checkpoint gives it back
 
     def open_params(self) -> tuple[Params, Params]:

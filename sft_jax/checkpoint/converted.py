@@ -5,6 +5,7 @@ params/                         parameters by our paths; see orbax_item.py
 sft_jax_convert.json            what it was made from. Written last: a folder without it is not whole
 """
 
+import hashlib
 import os
 import shutil
 from collections.abc import Mapping
@@ -23,7 +24,6 @@ RECORD = "sft_jax_convert.json"
 _ITEM = "params"
 _COPIED_SUFFIXES = (".json", ".jinja", ".model", ".txt", ".tiktoken")
 _MAX_COPIED_BYTES = 2**28
-_BLOCK_BYTES = 2**24
 
 
 class Record(msgspec.Struct, kw_only=True):
@@ -32,8 +32,8 @@ class Record(msgspec.Struct, kw_only=True):
     source: str
     digest: str
     dtypes: dict[str, str]
-    files: dict[str, int]
-    """Name and size of everything beside the arrays."""
+    files: dict[str, str]
+    """Name and sha256 of everything beside the arrays."""
     written_by: str = "sft_jax"
 
 
@@ -93,8 +93,12 @@ def convert_folder(
       StorageError: the target holds something else, the source is damaged, or the disk refuses.
     """
     dtypes = {path: np.dtype(dtype or param.dtype) for path, param in sources.items()}
+    copied = {name: _read(file_in(source, name)) for name in _names_to_copy(source)}
     record = Record(
-        source=os.fspath(source), digest=digest, dtypes={path: kind.name for path, kind in dtypes.items()}, files={}
+        source=os.fspath(source),
+        digest=digest,
+        dtypes={path: kind.name for path, kind in dtypes.items()},
+        files={name: hashlib.sha256(content).hexdigest() for name, content in copied.items()},
     )
     if _is_made(target, record):
         return False
@@ -104,8 +108,8 @@ def convert_folder(
         if partial.exists():
             shutil.rmtree(partial)
         (partial / _ITEM).mkdir(parents=True)
-        for name in _names_to_copy(source):
-            record.files[name] = _copy(file_in(source, name), partial / name)
+        for name, content in copied.items():
+            (partial / name).write_bytes(content)
         write_item(partial / _ITEM, sources, dtypes)
         write_durably(file_in(partial, RECORD), msgspec.json.format(msgspec.json.encode(record)))
         partial.replace(target)
@@ -124,11 +128,14 @@ def _is_made(target: Folder, record: Record) -> bool:
     if RECORD not in names:
         raise StorageError(f"{path}: holds {names[0]}, which no convert wrote. Choose another folder, or remove it.")
     made = read_record(path)
-    if (made.digest, made.dtypes) == (record.digest, record.dtypes):
+    others = sorted(name for name, _ in {*made.files.items()} ^ {*record.files.items()})
+    if (made.digest, made.dtypes) != (record.digest, record.dtypes):
+        what = "of other weights or dtypes"
+    elif others:
+        what = f"with another {others[0]}"
+    else:
         return True
-    raise StorageError(
-        f"{path}: was made from {made.source}, of other weights or dtypes. Choose another folder, or remove it."
-    )
+    raise StorageError(f"{path}: was made from {made.source}, {what}. Choose another folder, or remove it.")
 
 
 def _names_to_copy(source: Folder) -> list[str]:
@@ -140,11 +147,8 @@ def _names_to_copy(source: Folder) -> list[str]:
     ]
 
 
-def _copy(file: ModelFile, target: Path) -> int:
+def _read(file: ModelFile) -> bytes:
     size = file.size()
     if size > _MAX_COPIED_BYTES:
         raise StorageError(f"{file}: has {size} bytes, too many for a tokenizer or a config. Remove it.")
-    with target.open("wb") as stream:
-        for begin in range(0, size, _BLOCK_BYTES):
-            stream.write(file.read(begin, min(begin + _BLOCK_BYTES, size)))
-    return size
+    return file.read()

@@ -13,7 +13,7 @@ from sft_jax.checkpoint.reader import CheckpointReader
 from sft_jax.command_line import run_command
 from sft_jax.config import from_config_dict
 from sft_jax.datatypes import ConfigError, StorageError
-from sft_jax.experiment import check_base, open_renderer, open_sources_of_step, place_model
+from sft_jax.experiment import check_model, export_dtype, open_renderer, open_sources_of_step, place_model
 
 
 def main(args: list[str]) -> int:
@@ -29,7 +29,8 @@ def main(args: list[str]) -> int:
     parts = parser.add_mutually_exclusive_group()
     parts.add_argument("--adapter", action="store_true", help="of a LoRA run: the adapter alone, as peft loads it")
     parts.add_argument("--merge", action="store_true", help="of a LoRA run: the whole model, adapter merged (default)")
-    parser.add_argument("--dtype", choices=EXPORT_DTYPES, help="default: config.model.param_dtype of the run")
+    own = "that of the weights the run began with; of an adapter, config.model.param_dtype"
+    parser.add_argument("--dtype", choices=EXPORT_DTYPES, help=f"default: {own}")
     options = parser.parse_args(args)
 
     run_dir = epath.Path(options.run)
@@ -51,11 +52,11 @@ def main(args: list[str]) -> int:
     if (options.adapter or options.merge) and not config.lora.rank:
         raise ConfigError(f"--run={run_dir}: has no adapter (config.lora.rank is 0). Leave --adapter and --merge out.")
     renderer = open_renderer(config)
-    dtype = options.dtype or config.model.param_dtype
     if options.adapter:
         placed = place_model(config, renderer)
-        check_base(config, placed.model, reader, step)
+        check_model(config, placed.model, reader, step)
         trained = reader.restore_params(step, placed.abstract_state.params)
+        dtype = options.dtype or config.model.param_dtype
         export_adapter(options.to, trained, placed.model, config.lora, config.model.path, dtype)
         print(f"adapter of step {step} exported to {options.to}")
         return 0
@@ -67,7 +68,7 @@ def main(args: list[str]) -> int:
         renderer.tokenizer,
         renderer.template.text,
         renderer.stop_ids,
-        dtype,
+        options.dtype or export_dtype(config),
         model_card=make_model_card(run_dir, step),
     )
     print(f"step {step} exported to {options.to}")

@@ -146,6 +146,9 @@ def test_a_second_convert_changes_nothing_and_another_is_refused(source: Path, t
     other = write_folder(tmp_path / "other", TINY, llama_tensors(TINY, seed=1))
     with pytest.raises(StorageError, match=r"was made from .*/model, of other weights"):
         convert(other, target)
+    (source / "chat_template.jinja").write_text("another")
+    with pytest.raises(StorageError, match=r"was made from .*/model, with another chat_template\.jinja"):
+        convert(source, target)
     with pytest.raises(StorageError, match="which no convert wrote"):
         convert(source, other)
     with pytest.raises(StorageError, match="is a file"):

@@ -145,8 +145,24 @@ def test_export_refuses_another_base(folder, capsys, part):
     finally:
         save_file(tensors, "base/model.safetensors", {"format": "pt"})
     assert status == 2
-    assert "config.model.path: base has not the weights that run was trained on" in err
+    assert "config.model.path: base is not the model that run trained" in err
+    assert "weights in config.model.path: its content changed" in err
     assert not (folder / "wrong").exists()
+
+
+def test_a_base_whose_config_has_changed_is_refused(folder, capsys):
+    path = folder / "base" / "config.json"
+    before = path.read_text()
+    try:
+        path.write_text(json.dumps(json.loads(before) | {"rms_norm_eps": 0.25}))
+        exported = call(capsys, "export", "--run=run", "--to=wrong", "--merge")
+        resumed = call(capsys, "train", "--config=config.py", "--config.schedule.num_steps=9")
+    finally:
+        path.write_text(before)
+    for status, _, err in (exported, resumed):
+        assert status == 2
+        assert "rms_norm_eps of the model: " in err
+        assert "-> 0.25" in err
 
 
 @pytest.mark.parametrize(("key", "value"), [("init_lora_weights", "pissa"), ("kasa_config", {"beta": 1})])
