@@ -16,7 +16,7 @@ from sft_jax.datatypes import ConfigError, DataError, NumericError, SftError
 
 NOT_RETRIED = (ConfigError.exit_code, DataError.exit_code, NumericError.exit_code)
 """Exit statuses of a run that the same command would end with again."""
-TRAINER_FLAGS = ("--override-fingerprint", "--debug")
+TRAINER_FLAGS = ("--override-fingerprint",)
 
 
 @dataclasses.dataclass(frozen=True)

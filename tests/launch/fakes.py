@@ -14,8 +14,8 @@ with (folder / "calls.jsonl").open("a") as calls:
     calls.write(json.dumps({{"command": [name, *sys.argv[1:]], "stdin": stdin}}) + "\\n")
 answers = json.loads((folder / "answers.json").read_text())
 for verb, queue in answers.items():
-    if verb in sys.argv and queue:
-        answer = queue.pop(0)
+    if verb in sys.argv:
+        answer = queue.pop(0) if queue else {{"status": 99, "err": "one call more than the test expects"}}
         (folder / "answers.json").write_text(json.dumps(answers))
         print(answer.get("out", ""))
         print(answer.get("err", ""), file=sys.stderr)
@@ -35,7 +35,8 @@ class FakeCommands:
         monkeypatch.setenv("PATH", f"{folder}:/nowhere")
 
     def answer(self, **queues) -> None:
-        """Answers to calls that have the word among their arguments, one for each call in turn; others succeed."""
+        """Answers to calls that have the word among their arguments, one for each call in turn and then errors; calls
+        without such a word succeed."""
         (self._folder / "answers.json").write_text(json.dumps(queues))
 
     @property

@@ -142,10 +142,10 @@ SAVES = """
 import pathlib, signal, sys, time
 signal.signal(signal.SIGTERM, lambda *_: sys.exit(75))
 pathlib.Path(r'{ready}').touch()
-time.sleep(300)
+time.sleep(60)
 """
-SLEEPS = "import time; time.sleep(300)"
-STUBBORN = f"import signal; signal.signal(signal.SIGTERM, signal.SIG_IGN); {SLEEPS}"
+SLEEPS = "import time; time.sleep(60)"
+STUBBORN = f"import signal; signal.signal(signal.SIGTERM, signal.SIG_IGN); {SLEEPS}; print('not killed')"
 
 
 def test_output_has_the_number_of_its_process(capfd):
@@ -156,8 +156,9 @@ def test_output_has_the_number_of_its_process(capfd):
 
 
 @pytest.mark.parametrize("others", [SLEEPS, STUBBORN], ids=["sleeping", "ignores SIGTERM"])
-def test_where_one_fails_all_end_with_its_status(others):
+def test_where_one_fails_all_end_with_its_status(others, capfd):
     assert run_scripts(1, others, "import time; time.sleep(1); raise SystemExit(3)", others) == 3
+    assert "not killed" not in capfd.readouterr().out
 
 
 def test_a_kill_is_the_status_that_a_shell_gives():

@@ -63,7 +63,7 @@ def test_a_queued_resource_is_waited_for(fake, config_file):
 def test_what_is_taken_away_is_asked_for_again_and_the_run_goes_on(fake, config_file, capfd):
     fake.answer(
         describe=[state("ACTIVE"), state("SUSPENDING"), state("SUSPENDING"), state("SUSPENDED"), state("ACTIVE")],
-        ssh=[{"status": 255}],
+        ssh=[{"status": 255}, {}],
     )
     assert launch_queued(config_file, "--max-failures=0") == 0
     assert verbs(fake) == [
@@ -77,7 +77,7 @@ def test_what_is_taken_away_is_asked_for_again_and_the_run_goes_on(fake, config_
 
 
 def test_a_run_that_was_told_to_stop_goes_on_where_it_was(fake, config_file):
-    fake.answer(describe=[state("ACTIVE")] * 6, ssh=[{"status": 75}, {"status": 75}])
+    fake.answer(describe=[state("ACTIVE")] * 6, ssh=[{"status": 75}, {"status": 75}, {}])
     assert launch_queued(config_file, "--max-failures=0") == 0
     assert verbs(fake) == [*["describe", "scp", "ssh", "describe"] * 2, "describe", "scp", "ssh", "delete"]
 
@@ -146,6 +146,7 @@ def test_a_worker_gets_the_arguments_as_they_were_given(fake, config_file, tmp_p
     ],
 )
 def test_what_cannot_work_is_refused_before_anything_is_rented(fake, config_file, capfd, args, message):
+    fake.answer(describe=[])
     assert launch(config_file, *args) == 2
     assert message in capfd.readouterr().err
     assert fake.calls == []
