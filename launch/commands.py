@@ -16,7 +16,7 @@ from sft_jax.datatypes import ConfigError, DataError, NumericError, SftError
 
 NOT_RETRIED = (ConfigError.exit_code, DataError.exit_code, NumericError.exit_code)
 """Exit statuses of a run that the same command would end with again."""
-TRAINER_FLAGS = ("--override-fingerprint",)
+TRAINER_FLAGS = ("--override-fingerprint", "--allow-fresh")
 
 
 @dataclasses.dataclass(frozen=True)
