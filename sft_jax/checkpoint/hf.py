@@ -117,7 +117,9 @@ def open_sources(folder: Folder, stored: TransformerConfig) -> dict[str, ParamSo
     if is_converted(folder):
         return dict(open_converted(folder, {rule.path: rule.shape(stored) for rule in rules}))
     index = read_index(folder)
-    matched = match_tensors(stored, join_block_fp8(join_mxfp4(index)), str(folder))
+    _, fields = read_config(folder)
+    described = fields.get("quantization_config") or {}
+    matched = match_tensors(stored, join_block_fp8(join_mxfp4(index, described), described), str(folder))
     if stored.tie_embeddings:
         _check_tied(index)
     return {rule.path: HfSource(rule, matched[rule.path], stored) for rule in rules}

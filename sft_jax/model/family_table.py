@@ -87,7 +87,9 @@ class Family:
     is_latent: bool = False
     """Attention is latent."""
     quantized: Mapping[str, Any] = field(default_factory=dict)
-    """What `quantization_config` says in folders whose codes are decoded when they are read; {}: there are none."""
+    """What `quantization_config` must say in folders whose codes are decoded when they are read; {}: there are none."""
+    quantized_options: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
+    """What else it may say."""
     written: Mapping[str, Any] = field(default_factory=dict)
     """Keys that are written besides, because transformers assumes something else."""
 
@@ -95,7 +97,11 @@ class Family:
 _NULL_KV_HEADS = frozenset({"num_key_value_heads"})  # as many as there are query heads
 # Of transformers' training; ours are in config.loss.
 _ROUTER_LOSSES = frozenset({"router_aux_loss_coef", "output_router_logits"})
-_BLOCK_FP8 = {"quant_method": "fp8", "fmt": "e4m3", "weight_block_size": [128, 128]}
+# Activations are not quantized here, so it is harmless that they would be by scales of their own ("dynamic").
+_BLOCK_FP8: dict[str, Any] = {
+    "quantized": {"quant_method": "fp8", "fmt": "e4m3", "weight_block_size": [128, 128]},
+    "quantized_options": {"activation_scheme": ("dynamic",), "scale_fmt": ("float", "ue8m0")},
+}
 # DeepSeek's folders name the code that came with them, which is never run: transformers' own is the same model.
 _DEEPSEEK_CODE = {
     "AutoConfig": "configuration_deepseek.DeepseekV3Config",
@@ -270,7 +276,7 @@ FAMILIES: dict[str, Family] = {
             placed="step",
         ),
         harmless=_ROUTER_LOSSES | {"max_window_layers"},  # the window is that of all layers
-        quantized=_BLOCK_FP8,
+        **_BLOCK_FP8,
     ),
     "gpt_oss": Family(
         architecture="GptOssForCausalLM",
@@ -333,6 +339,6 @@ FAMILIES: dict[str, Family] = {
         only={"scoring_func": "sigmoid", "topk_method": "noaux_tc", "moe_layer_freq": 1, "auto_map": _DEEPSEEK_CODE},
         harmless=_ROUTER_LOSSES | {"num_nextn_predict_layers", "ep_size", "aux_loss_alpha", "seq_aux"},
         written={"num_nextn_predict_layers": 0},
-        quantized=_BLOCK_FP8,
+        **_BLOCK_FP8,
     ),
 }

@@ -91,8 +91,20 @@ def read_hf_config(fields: dict[str, Any], where: str) -> TransformerConfig:
 def _check_quantization(rest: Fields, family: Family) -> None:
     """Remove the description of codes that are decoded when they are read."""
     described = rest.rest.get("quantization_config")
-    if isinstance(described, dict) and family.quantized and described.items() >= dict(family.quantized).items():
-        del rest.rest["quantization_config"]
+    if not isinstance(described, dict) or not family.quantized:
+        return
+    if described.get("quant_method") != family.quantized["quant_method"]:
+        return
+    fields = Fields(described, f"{rest.where}: quantization_config")
+    fields.take_list("modules_to_not_convert", str, [])
+    for name, value in family.quantized.items():
+        if fields.take(name, type(value)) != value:
+            raise ConfigError(f"{fields.where}: {name} is {described[name]!r}; only {value!r} is supported.")
+    for name, values in family.quantized_options.items():
+        if (value := fields.take(name, str, values[0])) not in values:
+            raise ConfigError(f"{fields.where}: {name} is {value!r}; expected one of {', '.join(values)}.")
+    fields.refuse_rest(frozenset(), {}, "codes that are understood")
+    del rest.rest["quantization_config"]
 
 
 def _take_values(rest: Fields, family: Family) -> dict[str, Any]:

@@ -86,6 +86,11 @@ def test_what_would_be_ignored_is_refused_by_name(changes, named):
     assert named in str(caught.value)
 
 
+def fp8(**changes):
+    described = {"quant_method": "fp8", "fmt": "e4m3", "weight_block_size": [128, 128]}
+    return {"quantization_config": described | changes}
+
+
 def mixture_fields(preset, **changes):
     return to_hf_config(PRESETS[preset], "bfloat16") | changes
 
@@ -104,7 +109,14 @@ def mixture_fields(preset, **changes):
         ("gpt-oss-20b", {"swiglu_alpha": 1.0}, "swiglu_alpha is 1.0"),
         ("gpt-oss-20b", {"quantization_config": {"quant_method": "bitsandbytes"}}, "quantization_config is"),
         ("deepseek-v3", {"scoring_func": "softmax"}, "scoring_func is 'softmax'"),
-        ("deepseek-v3", {"quantization_config": {"quant_method": "fp8", "weight_block_size": [64, 64]}}, "[64, 64]"),
+        ("deepseek-v3", fp8(weight_block_size=[64, 64]), "[64, 64]"),
+        ("deepseek-v3", fp8(activation_scheme="static"), "activation_scheme is 'static'; expected one of dynamic"),
+        ("deepseek-v3", fp8(scale_fmt="int8"), "scale_fmt is 'int8'; expected one of float, ue8m0"),
+        ("deepseek-v3", fp8(fmt="e5m2"), "fmt is 'e5m2'; only 'e4m3'"),
+        ("qwen3-30b-a3b", fp8(weight_block_size=None), "has no weight_block_size"),
+        ("qwen3-30b-a3b", fp8(modules_to_convert=["model.embed_tokens"]), "modules_to_convert = ["),
+        ("qwen3-30b-a3b", fp8(modules_to_not_convert=[1]), "modules_to_not_convert[0] is 1"),
+        ("gpt-oss-20b", {"quantization_config": {"quant_method": "mxfp4", "bits": 4}}, "bits = 4: not a known part"),
         ("deepseek-v3", {"head_dim": 100}, "head_dim is 100; latent attention with these ranks has 64"),
         ("deepseek-v3", {"num_key_value_heads": 8}, "8 key heads for 128 query heads"),
     ],
@@ -124,11 +136,11 @@ def test_null_is_false_where_transformers_asks_whether_it_is_true():
 
 
 def test_published_folders_of_codes_are_read():
-    fp8 = {"activation_scheme": "dynamic", "fmt": "e4m3", "quant_method": "fp8", "weight_block_size": [128, 128]}
+    deepseek = fp8(activation_scheme="dynamic", scale_fmt="ue8m0", modules_to_not_convert=None)
     mxfp4 = {"modules_to_not_convert": ["lm_head"], "quant_method": "mxfp4"}
     published = {"num_nextn_predict_layers": 1, "topk_method": "noaux_tc", "scoring_func": "sigmoid", "ep_size": 1}
     for preset, changes in (
-        ("deepseek-v3", {"quantization_config": fp8, "moe_layer_freq": 1, **published}),
+        ("deepseek-v3", deepseek | {"moe_layer_freq": 1, **published}),
         ("gpt-oss-120b", {"quantization_config": mxfp4, "experts_per_token": 4, "initial_context_length": 4096}),
     ):
         assert read_hf_config(mixture_fields(preset, **changes), "config.json") == PRESETS[preset]
