@@ -279,7 +279,9 @@ def _window_fields(layers: list[LayerConfig], family: Family) -> dict[str, Any]:
     if family.windows == "none":
         return {}
     window = next((layer.window for layer in layers if layer.window is not None), None)
-    fields: dict[str, Any] = {"sliding_window": window}
+    # Of these families transformers wants a number even where no layer has a window.
+    unused = family.window if family.windows == "periodic" else None
+    fields: dict[str, Any] = {"sliding_window": unused if window is None else window}
     if family.window_switch:
         fields[family.window_switch] = window is not None
     if family.windows == "all":

@@ -240,6 +240,15 @@ def test_an_empty_scaling_is_none_in_the_newer_spelling_only():
     assert scaling(rope_scaling={}) == scaling() is not None
 
 
+@pytest.mark.parametrize("family", ["gemma2", "gemma3_text", "gpt_oss"])
+def test_a_window_is_written_even_where_no_layer_has_it(family):
+    all_full = {"model_type": family, "layer_types": ["full_attention"] * 4}
+    config = read_hf_config(all_full | SMALL, "config.json")
+    fields = to_hf_config(config, "float32")
+    assert type(fields["sliding_window"]) is int
+    assert read_hf_config(fields, "config.json") == config
+
+
 def test_layers_with_a_window_are_found():
     def windows(family, **fields):
         config = read_hf_config({"model_type": family, "sliding_window": 8} | SMALL | fields, "config.json")
