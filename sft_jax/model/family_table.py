@@ -8,6 +8,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
+from sft_jax.datatypes import ConfigError
 from sft_jax.model.moe_fields import MoeKeys
 from sft_jax.model.rope_fields import RopeDefaults
 
@@ -24,6 +25,12 @@ class Option(NamedTuple):
     write: Callable[[Any], Any] = lambda value: value
 
 
+def _read_scalar(scalar: float) -> float:
+    if scalar <= 0:
+        raise ConfigError(f"query_pre_attn_scalar is {scalar}; expected more than 0. Correct it.")
+    return float(scalar**-0.5)
+
+
 def _write_scalar(scale: float) -> float | int:
     """0.0625 -> 256: an integer where it was one."""
     scalar = scale**-2
@@ -35,7 +42,7 @@ OPTIONS: dict[str, Option] = {
     "mlp_bias": Option(bool, ("mlp_bias",)),
     "attn_logit_softcapping": Option(float, ("attention_softcap",), is_optional=True),
     "final_logit_softcapping": Option(float, ("logit_softcap",), is_optional=True),
-    "query_pre_attn_scalar": Option(float, ("attention_scale",), read=lambda value: value**-0.5, write=_write_scalar),
+    "query_pre_attn_scalar": Option(float, ("attention_scale",), read=_read_scalar, write=_write_scalar),
     "embedding_multiplier": Option(float, ("embedding_multiplier",)),
     "attention_multiplier": Option(float, ("attention_scale",)),
     "residual_multiplier": Option(float, ("residual_multiplier",)),

@@ -115,6 +115,8 @@ def _take_values(rest: Fields, family: Family) -> dict[str, Any]:
     num_layers = rest.take("num_hidden_layers", int)
     if num_layers > _MOST_LAYERS:  # before they are made, one by one
         raise ConfigError(f"num_hidden_layers is {num_layers}; expected at most {_MOST_LAYERS}. Correct it.")
+    if embed_dim < 1:  # before its root is taken
+        raise ConfigError(f"hidden_size is {embed_dim}; expected at least 1. Correct it.")
     max_position = rest.take("max_position_embeddings", int, defaults.get("max_position_embeddings", 2048))
     num_kv_heads = rest.take_optional("num_key_value_heads", int, defaults.get("num_key_value_heads", num_heads))
     full, sliding = take_ropes(rest, family.rope, max_position)

@@ -4,6 +4,7 @@ import pytest
 
 from sft_jax.datatypes import ConfigError
 from sft_jax.model.families import list_layers
+from sft_jax.model.family_table import FAMILIES
 from sft_jax.model.hf_config import read_hf_config, to_hf_config
 from sft_jax.model.presets import PRESETS
 from sft_jax.model.rope import Llama3Scaling, RopeConfig
@@ -201,6 +202,11 @@ def longrope(short):
         ("gemma3_text", {"_sliding_window_pattern": 3}, "_sliding_window_pattern is 3"),
         ("gemma3_text", {"sliding_window_pattern": 0}, "sliding_window_pattern is 0"),
         ("gemma2", {"attn_logit_softcapping": -1.0}, "attention_softcap is -1.0"),
+        ("gemma2", {"query_pre_attn_scalar": 0}, "query_pre_attn_scalar is 0.0; expected more than 0"),
+        ("gemma3_text", {"query_pre_attn_scalar": -256}, "query_pre_attn_scalar is -256.0; expected more than 0"),
+        ("gemma", {"hidden_size": -16}, "hidden_size is -16"),
+        ("granite", {"residual_multiplier": math.nan}, "residual_multiplier is nan"),
+        ("phi3", {"partial_rotary_factor": 1e308}, "partial_rotary_factor is 1e+308"),
         ("gemma3_text", {"attn_logit_softcapping": 50.0}, "attn_logit_softcapping is 50.0"),
         ("gemma3_text", {"rope_parameters": {"rope_type": "default"}}, "expected full_attention and sliding_attention"),
         ("gemma3_text", {"rope_parameters": {"full_attention": "x"}}, "full_attention is 'x'; expected dict"),
@@ -212,8 +218,9 @@ def longrope(short):
             "rope_theta is 60.0, and beside it rope_local_base_freq 50.0",
         ),
         ("gemma2", {"layer_types": [{}, "full_attention"] * 2}, "layer_types[0] is {}"),
-        ("phi3", longrope([math.inf, 1.0, 1.0, 1.0]), "short_factor is [inf"),
-        ("phi3", longrope([math.nan, 1.0, 1.0, 1.0]), "short_factor is [nan"),
+        ("phi3", longrope([math.inf, 1.0, 1.0, 1.0]), "short_factor[0] is inf"),
+        ("phi3", longrope([math.nan, 1.0, 1.0, 1.0]), "short_factor[0] is nan"),
+        ("phi3", longrope([1.0, 0.0, 1.0, 1.0]), "short_factor is [1.0, 0.0"),
         ("phi3", longrope([1.0, 10**400, 1.0, 1.0]), "short_factor[1] has more digits"),
         ("phi3", longrope([1.0, None, 1.0, 1.0]), "has no short_factor[1]"),
         ("phi3", longrope([1.0, True, 1.0, 1.0]), "short_factor[1] is True"),
@@ -229,6 +236,21 @@ def test_a_family_refuses_what_it_would_ignore(family, changes, named):
     with pytest.raises(ConfigError, match=r"^config.json: ") as caught:
         read_hf_config({"model_type": family} | SMALL | changes, "config.json")
     assert named in str(caught.value)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_no_number_makes_another_error(family):
+    """What is read is written too."""
+    preset = next(config for config in PRESETS.values() if config.family == family)
+    fields = to_hf_config(preset, "float32") | SMALL
+    fields |= {"rope_scaling": {"rope_type": "dynamic", "factor": 2.0}} if family == "llama" else {}
+    for name in [name for name, value in fields.items() if type(value) in (int, float)] + [*FAMILIES[family].options]:
+        for value in (0, -1, -0.5, 5e-324, 2**62, 1e308, math.inf, math.nan):
+            try:
+                config = read_hf_config(fields | {name: value}, "config.json")
+            except ConfigError:
+                continue
+            assert to_hf_config(config, "float32")
 
 
 def test_an_empty_scaling_is_none_in_the_newer_spelling_only():
