@@ -118,6 +118,7 @@ def mixture_fields(preset, **changes):
         ("qwen3-30b-a3b", fp8(modules_to_convert=["model.embed_tokens"]), "modules_to_convert = ["),
         ("qwen3-30b-a3b", fp8(modules_to_not_convert=[1]), "modules_to_not_convert[0] is 1"),
         ("gpt-oss-20b", {"quantization_config": {"quant_method": "mxfp4", "bits": 4}}, "bits = 4: not a known part"),
+        ("deepseek-v3", {"n_shared_experts": -1}, "n_shared_experts is -1; expected at least 0"),
         ("deepseek-v3", {"head_dim": 100}, "head_dim is 100; latent attention with these ranks has 64"),
         ("deepseek-v3", {"num_key_value_heads": 8}, "8 key heads for 128 query heads"),
     ],
