@@ -12,6 +12,7 @@ import jax
 from etils import epath
 from rich.console import Console
 
+from sft_jax.checkpoint.hf import read_generation_config
 from sft_jax.checkpoint.hf_export import check_export_target, export_pretrained
 from sft_jax.checkpoint.manager import CheckpointManager
 from sft_jax.checkpoint.model_card import make_model_card
@@ -99,6 +100,7 @@ def train_and_export(
     run_dir = epath.Path(config.run.dir).expanduser()
     start = open_start(placed, manager, data)
     frozen, stopping = start.frozen, start.stopping
+    generation = read_generation_config(config.model.path)
     step = int(start.state.step)
     if step > data.num_steps:
         raise ConfigError(
@@ -158,6 +160,7 @@ def train_and_export(
             renderer.stop_ids,
             export_dtype(config),
             model_card=make_model_card(run_dir, int(state.step)) if jax.process_index() == 0 else "",
+            generation=generation,
         )
         console.print(f"exported to {run_dir / 'export'}", soft_wrap=True)
         if config.lora.rank:

@@ -21,7 +21,7 @@ from jax.sharding import Sharding, SingleDeviceSharding
 from sft_jax.checkpoint.block_fp8 import join_block_fp8
 from sft_jax.checkpoint.converted import is_converted, open_converted, read_record
 from sft_jax.checkpoint.hf_names import EMBEDDING, HEAD, TensorRule, match_tensors, tensor_rules
-from sft_jax.checkpoint.model_files import Folder, ModelFile, file_in
+from sft_jax.checkpoint.model_files import Folder, ModelFile, file_in, list_folder
 from sft_jax.checkpoint.mxfp4 import join_mxfp4
 from sft_jax.checkpoint.param_source import GrownSource, ParamSource, check_finite, place_shards, read_box
 from sft_jax.checkpoint.quantized_source import HeldArray, QuantizedSource
@@ -47,13 +47,28 @@ def read_config(folder: Folder) -> tuple[TransformerConfig, dict[str, Any]]:
       ConfigError: where it is not JSON, or not a model that we build.
     """
     file = file_in(folder, "config.json")
+    fields = _read_fields(file)
+    return read_hf_config(fields, str(file)), fields
+
+
+def read_generation_config(folder: Folder) -> dict[str, Any]:
+    """The fields of a folder's `generation_config.json`; {}: it has none, or there is no folder ("").
+
+    Raises:
+      StorageError: where the file cannot be read.
+      ConfigError: where it is not JSON.
+    """
+    name = "generation_config.json"
+    return _read_fields(file_in(folder, name)) if folder and name in list_folder(folder) else {}
+
+
+def _read_fields(file: ModelFile) -> dict[str, Any]:
     if file.size() > _MAX_CONFIG_BYTES:
         raise ConfigError(f"{file}: has {file.size()} bytes, more than {_MAX_CONFIG_BYTES}. Name a model folder.")
     try:
-        fields = msgspec.json.decode(file.read(), type=dict[str, Any])
+        return msgspec.json.decode(file.read(), type=dict[str, Any])
     except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
         raise ConfigError(f"{file}: is not a JSON object: {error}. Download it again.") from error
-    return read_hf_config(fields, str(file)), fields
 
 
 def load_pretrained(
@@ -117,7 +132,9 @@ def open_sources(folder: Folder, stored: TransformerConfig) -> dict[str, ParamSo
     if is_converted(folder):
         return dict(open_converted(folder, {rule.path: rule.shape(stored) for rule in rules}))
     index = read_index(folder)
-    matched = match_tensors(stored, join_block_fp8(join_mxfp4(index)), str(folder))
+    _, fields = read_config(folder)
+    described = fields.get("quantization_config") or {}
+    matched = match_tensors(stored, join_block_fp8(join_mxfp4(index, described), described), str(folder))
     if stored.tie_embeddings:
         _check_tied(index)
     return {rule.path: HfSource(rule, matched[rule.path], stored) for rule in rules}

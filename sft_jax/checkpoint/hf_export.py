@@ -9,6 +9,7 @@ import shutil
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -29,6 +30,7 @@ from sft_jax.typing import Array
 
 EXPORT_DTYPES = ("float32", "bfloat16", "float16", "float64")
 _EXPORT_RECORD = "sft_jax_export.json"
+_OF_THE_BASE = ("transformers_version", "_from_model_config")  # the second: to be made anew from config.json
 _PIECE_BYTES, _BLOCK_BYTES = 2**27, 2**25
 _WORKERS = 3
 
@@ -43,6 +45,7 @@ def export_pretrained(
     dtype: str = "float32",
     max_shard_bytes: int = MAX_SHARD_BYTES,
     model_card: str = "",
+    generation: Mapping[str, Any] | None = None,
 ) -> None:
     """Write a folder that serves what was trained: weights, config, tokenizer, the trained template and its stop.
 
@@ -55,6 +58,8 @@ def export_pretrained(
       stop_ids: of the tokens that end an assistant turn; generation stops at them, and at the tokenizer's own EOS.
       dtype: of the stored weights: float32, bfloat16, float16 or float64.
       model_card: text of README.md; empty: none is written. Asked of process 0 only.
+      generation: the fields of the base's `generation_config.json`, by `hf.read_generation_config`: how to sample is
+        kept, and the ids that begin and end a text are those that were trained.
 
     Raises:
       StorageError: where the target holds files that no export wrote, or the disk refuses.
@@ -71,7 +76,7 @@ def export_pretrained(
 
     def fill(partial: Path) -> None:
         write_tensors(partial, specs, tensors, max_shard_bytes)
-        _write_configs(partial, config, tokenizer, stop_ids, dtype)
+        _write_configs(partial, config, tokenizer, stop_ids, dtype, generation or {})
         tokenizer.save(partial, chat_template)
         if model_card:
             (partial / "README.md").write_text(model_card, encoding="utf-8")
@@ -233,7 +238,12 @@ def _one_ahead(tensors: Iterator[tuple[str, np.ndarray]]) -> Iterator[tuple[str,
 
 
 def _write_configs(
-    folder: Path, config: TransformerConfig, tokenizer: Tokenizer, stop_ids: Sequence[int], dtype: str
+    folder: Path,
+    config: TransformerConfig,
+    tokenizer: Tokenizer,
+    stop_ids: Sequence[int],
+    dtype: str,
+    generation: Mapping[str, Any],
 ) -> None:
     bos_id = tokenizer.token_id(tokenizer.bos_token) if tokenizer.bos_token else None
     eos_id = tokenizer.token_id(tokenizer.eos_token) if tokenizer.eos_token else None
@@ -241,4 +251,8 @@ def _write_configs(
     assert ends, "nothing would end a generated turn"
     ids = {"bos_token_id": bos_id, "eos_token_id": ends}  # null is said: transformers would assume 1 and 2
     write_json(folder / "config.json", to_hf_config(config, dtype) | ids)
-    write_json(folder / "generation_config.json", ids)
+    kept = {name: value for name, value in generation.items() if name not in _OF_THE_BASE}
+    pad_id = kept.get("pad_token_id")
+    if type(pad_id) is not int or not 0 <= pad_id < tokenizer.vocab_size:
+        kept.pop("pad_token_id", None)
+    write_json(folder / "generation_config.json", kept | ids)

@@ -13,6 +13,7 @@ Source: OCP Microscaling Formats (MX) Specification v1.0, sections 5.3.3 and 6.3
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import ml_dtypes
 import numpy as np
@@ -64,17 +65,26 @@ class Mxfp4Tensor(StoredTensor):
             StoredTensor.read_view(self, lambda whole, part=part: select(whole)[part], out[part])  # type: ignore[misc]
 
 
-def join_mxfp4(index: Mapping[str, StoredTensor]) -> dict[str, StoredTensor]:
-    """The tensors of a folder, with one in place of each pair of blocks and scales.
+def join_mxfp4(index: Mapping[str, StoredTensor], described: Mapping[str, Any]) -> dict[str, StoredTensor]:
+    """The tensors of a folder, with one in place of each pair of blocks and scales. What has no partner stays, and
+    belongs to no parameter.
+
+    Args:
+      described: config.json's `quantization_config`, which `read_hf_config` has checked; {}: there is none.
 
     Raises:
-      StorageError: a pair is not MXFP4's.
+      StorageError: a pair is not MXFP4's, or nothing says that it is.
     """
     joined = dict(index)
     for name in index:
         stem = name.removesuffix("_blocks")
         if stem != name and f"{stem}_scales" in index:
             blocks, scales = joined.pop(name), joined.pop(f"{stem}_scales")
+            if described.get("quant_method") != "mxfp4":
+                raise StorageError(
+                    f"{blocks}: has scales beside it, and config.json has no quantization_config of quant_method mxfp4 "
+                    "that says what they scale. Take config.json from where the weights are from."
+                )
             check(blocks.shape, blocks.dtype, scales.shape, scales.dtype, str(blocks))
             joined[stem] = Mxfp4Tensor(stem, blocks, scales)
     return joined

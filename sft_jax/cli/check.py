@@ -16,6 +16,7 @@ from sft_jax.data.report_table import report_table
 from sft_jax.datatypes import StorageError
 from sft_jax.experiment import open_eval_data, open_model_config, open_renderer, open_train_data, refuse_changes
 from sft_jax.main import make_run_dir
+from sft_jax.training.step import check_router_losses
 
 
 def main(args: list[str]) -> int:
@@ -31,7 +32,7 @@ def main(args: list[str]) -> int:
     for warning in warnings_for(config):
         console.print(f"warning: {warning}", style="yellow", soft_wrap=True)
     renderer = open_renderer(config)
-    open_model_config(config, renderer)
+    check_router_losses(config.loss, open_model_config(config, renderer))
     data = open_train_data(config, renderer)
     train = data.report
     held_out = {name: data.report for name, data in open_eval_data(config, renderer).items()}

@@ -6,6 +6,7 @@ import sys
 
 from etils import epath
 
+from sft_jax.checkpoint.hf import read_generation_config
 from sft_jax.checkpoint.hf_export import EXPORT_DTYPES, export_pretrained
 from sft_jax.checkpoint.model_card import make_model_card
 from sft_jax.checkpoint.peft import export_adapter
@@ -70,6 +71,7 @@ def main(args: list[str]) -> int:
         renderer.stop_ids,
         options.dtype or export_dtype(config),
         model_card=make_model_card(run_dir, step),
+        generation=read_generation_config(config.model.path),
     )
     print(f"step {step} exported to {options.to}")
     return 0

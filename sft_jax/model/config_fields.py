@@ -64,6 +64,8 @@ class Fields:
             raise ConfigError(f"{self.where}: {name} has more digits than any model needs. Correct it.")
         if kind is float and type(value) is int:
             value = float(value)
+        if type(value) is float and not abs(value) <= _LARGEST:
+            raise ConfigError(f"{self.where}: {name} is {value!r}; expected a number of at most 2 ** 63. Correct it.")
         if type(value) is not kind:  # not isinstance: True is an int
             raise ConfigError(f"{self.where}: {name} is {value!r}; expected {kind.__name__}.")
         return value

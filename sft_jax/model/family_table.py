@@ -8,6 +8,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
+from sft_jax.datatypes import ConfigError
 from sft_jax.model.moe_fields import MoeKeys
 from sft_jax.model.rope_fields import RopeDefaults
 
@@ -24,6 +25,12 @@ class Option(NamedTuple):
     write: Callable[[Any], Any] = lambda value: value
 
 
+def _read_scalar(scalar: float) -> float:
+    if scalar <= 0:
+        raise ConfigError(f"query_pre_attn_scalar is {scalar}; expected more than 0. Correct it.")
+    return float(scalar**-0.5)
+
+
 def _write_scalar(scale: float) -> float | int:
     """0.0625 -> 256: an integer where it was one."""
     scalar = scale**-2
@@ -35,7 +42,7 @@ OPTIONS: dict[str, Option] = {
     "mlp_bias": Option(bool, ("mlp_bias",)),
     "attn_logit_softcapping": Option(float, ("attention_softcap",), is_optional=True),
     "final_logit_softcapping": Option(float, ("logit_softcap",), is_optional=True),
-    "query_pre_attn_scalar": Option(float, ("attention_scale",), read=lambda value: value**-0.5, write=_write_scalar),
+    "query_pre_attn_scalar": Option(float, ("attention_scale",), read=_read_scalar, write=_write_scalar),
     "embedding_multiplier": Option(float, ("embedding_multiplier",)),
     "attention_multiplier": Option(float, ("attention_scale",)),
     "residual_multiplier": Option(float, ("residual_multiplier",)),
@@ -87,7 +94,9 @@ class Family:
     is_latent: bool = False
     """Attention is latent."""
     quantized: Mapping[str, Any] = field(default_factory=dict)
-    """What `quantization_config` says in folders whose codes are decoded when they are read; {}: there are none."""
+    """What `quantization_config` must say in folders whose codes are decoded when they are read; {}: there are none."""
+    quantized_options: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
+    """What else it may say."""
     written: Mapping[str, Any] = field(default_factory=dict)
     """Keys that are written besides, because transformers assumes something else."""
 
@@ -95,7 +104,11 @@ class Family:
 _NULL_KV_HEADS = frozenset({"num_key_value_heads"})  # as many as there are query heads
 # Of transformers' training; ours are in config.loss.
 _ROUTER_LOSSES = frozenset({"router_aux_loss_coef", "output_router_logits"})
-_BLOCK_FP8 = {"quant_method": "fp8", "fmt": "e4m3", "weight_block_size": [128, 128]}
+# Activations are not quantized here, so it is harmless that they would be by scales of their own ("dynamic").
+_BLOCK_FP8: dict[str, Any] = {
+    "quantized": {"quant_method": "fp8", "fmt": "e4m3", "weight_block_size": [128, 128]},
+    "quantized_options": {"activation_scheme": ("dynamic",), "scale_fmt": ("float", "ue8m0")},
+}
 # DeepSeek's folders name the code that came with them, which is never run: transformers' own is the same model.
 _DEEPSEEK_CODE = {
     "AutoConfig": "configuration_deepseek.DeepseekV3Config",
@@ -270,7 +283,7 @@ FAMILIES: dict[str, Family] = {
             placed="step",
         ),
         harmless=_ROUTER_LOSSES | {"max_window_layers"},  # the window is that of all layers
-        quantized=_BLOCK_FP8,
+        **_BLOCK_FP8,
     ),
     "gpt_oss": Family(
         architecture="GptOssForCausalLM",
@@ -333,6 +346,6 @@ FAMILIES: dict[str, Family] = {
         only={"scoring_func": "sigmoid", "topk_method": "noaux_tc", "moe_layer_freq": 1, "auto_map": _DEEPSEEK_CODE},
         harmless=_ROUTER_LOSSES | {"num_nextn_predict_layers", "ep_size", "aux_loss_alpha", "seq_aux"},
         written={"num_nextn_predict_layers": 0},
-        quantized=_BLOCK_FP8,
+        **_BLOCK_FP8,
     ),
 }

@@ -91,8 +91,20 @@ def read_hf_config(fields: dict[str, Any], where: str) -> TransformerConfig:
 def _check_quantization(rest: Fields, family: Family) -> None:
     """Remove the description of codes that are decoded when they are read."""
     described = rest.rest.get("quantization_config")
-    if isinstance(described, dict) and family.quantized and described.items() >= dict(family.quantized).items():
-        del rest.rest["quantization_config"]
+    if not isinstance(described, dict) or not family.quantized:
+        return
+    if described.get("quant_method") != family.quantized["quant_method"]:
+        return
+    fields = Fields(described, f"{rest.where}: quantization_config")
+    fields.take_list("modules_to_not_convert", str, [])
+    for name, value in family.quantized.items():
+        if fields.take(name, type(value)) != value:
+            raise ConfigError(f"{fields.where}: {name} is {described[name]!r}; only {value!r} is supported.")
+    for name, values in family.quantized_options.items():
+        if (value := fields.take(name, str, values[0])) not in values:
+            raise ConfigError(f"{fields.where}: {name} is {value!r}; expected one of {', '.join(values)}.")
+    fields.refuse_rest(frozenset(), {}, "codes that are understood")
+    del rest.rest["quantization_config"]
 
 
 def _take_values(rest: Fields, family: Family) -> dict[str, Any]:
@@ -103,6 +115,8 @@ def _take_values(rest: Fields, family: Family) -> dict[str, Any]:
     num_layers = rest.take("num_hidden_layers", int)
     if num_layers > _MOST_LAYERS:  # before they are made, one by one
         raise ConfigError(f"num_hidden_layers is {num_layers}; expected at most {_MOST_LAYERS}. Correct it.")
+    if embed_dim < 1:  # before its root is taken
+        raise ConfigError(f"hidden_size is {embed_dim}; expected at least 1. Correct it.")
     max_position = rest.take("max_position_embeddings", int, defaults.get("max_position_embeddings", 2048))
     num_kv_heads = rest.take_optional("num_key_value_heads", int, defaults.get("num_key_value_heads", num_heads))
     full, sliding = take_ropes(rest, family.rope, max_position)
@@ -267,7 +281,9 @@ def _window_fields(layers: list[LayerConfig], family: Family) -> dict[str, Any]:
     if family.windows == "none":
         return {}
     window = next((layer.window for layer in layers if layer.window is not None), None)
-    fields: dict[str, Any] = {"sliding_window": window}
+    # Of these families transformers wants a number even where no layer has a window.
+    unused = family.window if family.windows == "periodic" else None
+    fields: dict[str, Any] = {"sliding_window": unused if window is None else window}
     if family.window_switch:
         fields[family.window_switch] = window is not None
     if family.windows == "all":

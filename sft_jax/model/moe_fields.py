@@ -43,7 +43,10 @@ def take_moe(fields: Fields, keys: MoeKeys, num_layers: int, mlp_dim: int) -> li
         "expert_dim": fields.take(keys.expert_dim, int, keys.defaults[keys.expert_dim]) if keys.expert_dim else mlp_dim,
     }
     if keys.shared:
-        values["shared_dim"] = fields.take(keys.shared, int, keys.defaults[keys.shared]) * values["expert_dim"]
+        num_shared = fields.take(keys.shared, int, keys.defaults[keys.shared])
+        if num_shared < 0:
+            raise ConfigError(f"{keys.shared} is {num_shared}; expected at least 0. Correct it.")
+        values["shared_dim"] = num_shared * values["expert_dim"]
     moe = MoeConfig(**values, **keys.fixed)
     # gpt-oss' folders have both; transformers reads the first.
     other = fields.take("experts_per_token", int, moe.experts_per_token)

@@ -108,7 +108,7 @@ def _read_rope(fields: Fields, outer: _Outer, default_theta: float) -> RopeConfi
 
 def _take_theta(fields: Fields, name: str) -> float | None:
     theta: float | None = fields.take(name, float, None)
-    if theta is not None and not 1 < theta < math.inf:
+    if theta is not None and theta <= 1:
         raise ConfigError(f"{fields.where}: {name} is {theta}; expected a number above 1.")
     return theta
 
@@ -123,7 +123,7 @@ def _agree(fields: Fields, name: str, kind: type, outer: Any) -> Any:
 
 def _take_positive(fields: Fields, name: str, default: Any = REQUIRED) -> float:
     value: float = fields.take(name, float, default)
-    if not 0 < value < math.inf:
+    if value <= 0:
         raise ConfigError(f"{fields.where}: {name} is {value}; expected a number above 0.")
     return value
 
@@ -189,7 +189,7 @@ def _read_longrope(fields: Fields, outer: _Outer) -> LongRopeScaling:
     factor = _take_positive(fields, "factor", outer.max_position / original)
     short, long = (fields.take_list(f"{name}_factor", float) for name in ("short", "long"))
     for name, factors in (("short_factor", short), ("long_factor", long)):
-        if not all(0 < value < math.inf for value in factors):
+        if not all(value > 0 for value in factors):
             raise ConfigError(f"{fields.where}: {name} is {factors!r}; expected numbers above 0.")
     return LongRopeScaling(
         short=tuple(short),

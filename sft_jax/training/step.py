@@ -40,7 +40,7 @@ def make_train_step(
     by the quotient of the two. A step whose loss, gradient or update is not finite changes nothing but `step`
     and `num_skipped`: old values are selected, not multiplied by zero, so that NaN cannot leak.
     """
-    _check_router_losses(config.loss, model)
+    check_router_losses(config.loss, model)
     sum_loss = partial(sum_batch_loss, config=config, model=model, mesh=mesh, noise_seed=config.run.seed)
 
     def train_step(state: TrainState, frozen: Params, batch: Batch) -> tuple[TrainState, Metrics]:
@@ -145,7 +145,8 @@ def sum_batch_loss(
     return sums.loss_sum + router_scale * router_loss, sums
 
 
-def _check_router_losses(config: LossConfig, model: TransformerConfig) -> None:
+def check_router_losses(config: LossConfig, model: TransformerConfig) -> None:
+    """Raises ConfigError for a weight that nothing would have."""
     for name in ("router_balance_weight", "router_z_loss_weight"):
         if getattr(config, name) and find_moe(model) is None:
             raise ConfigError(

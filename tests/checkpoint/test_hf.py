@@ -19,7 +19,7 @@ import safetensors.numpy
 from llama_folder import TINY, TINY_TIED, llama_tensors, write_folder, write_sparse_folder, write_tokenizer
 
 from sft_jax.checkpoint import hf_export
-from sft_jax.checkpoint.hf import load_pretrained, read_config
+from sft_jax.checkpoint.hf import load_pretrained, read_config, read_generation_config
 from sft_jax.checkpoint.hf_export import check_export_target, export_pretrained
 from sft_jax.config_schema import MeshConfig
 from sft_jax.data.tokenizer import Tokenizer, load_tokenizer
@@ -203,6 +203,21 @@ def test_an_export_says_what_was_trained(folder: Path, tmp_path: Path) -> None:
     assert [path.name for path in out.parent.iterdir()] == ["out"]  # nothing temporary is left
 
 
+@pytest.mark.parametrize(("pad_id", "kept"), [(0, {"pad_token_id": 0}), (40, {}), (-1, {}), ([3], {}), (None, {})])
+def test_an_export_samples_as_the_base_does(folder: Path, tmp_path: Path, pad_id, kept) -> None:
+    assert read_generation_config(folder) == read_generation_config("") == {}
+    sampling = {"do_sample": True, "temperature": 0.6, "top_p": 0.9, "repetition_penalty": 1.05}
+    base = {"_from_model_config": True, "transformers_version": "4.0.0", "bos_token_id": 5, "eos_token_id": 9}
+    (folder / "generation_config.json").write_text(json.dumps(base | sampling | {"pad_token_id": pad_id}))
+    params = load_pretrained(folder, TINY, None, "float32")
+    out = export(tmp_path / "out", params, TINY, generation=read_generation_config(folder))
+    ids = {"bos_token_id": 1, "eos_token_id": [39, 2]}
+    assert json.loads((out / "generation_config.json").read_text()) == sampling | kept | ids
+    (folder / "generation_config.json").write_text("[1]")
+    with pytest.raises(ConfigError, match=r"generation_config.json: is not a JSON object"):
+        read_generation_config(folder)
+
+
 def test_an_export_replaces_only_an_earlier_export(folder: Path, tmp_path: Path) -> None:
     params = load_pretrained(folder, TINY, None, "float32")
     out = export(tmp_path / "out", params, TINY, max_shard_bytes=5000)
@@ -262,7 +277,7 @@ from pathlib import Path
 import jax, jax.numpy as jnp
 from test_hf import export, shardings
 from sft_jax.checkpoint import hf_export
-from sft_jax.checkpoint.hf import load_pretrained, read_config
+from sft_jax.checkpoint.hf import load_pretrained, read_config, read_generation_config
 
 def resident_bytes(field):
     lines = Path("/proc/self/status").read_text().splitlines()

@@ -1,11 +1,13 @@
 """MXFP4 beside a decoder that goes bit by bit, from the specification; and gpt-oss folders that hold it."""
 
+import json
+
 import jax
 import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
 import pytest
-from mxfp4_folder import write_mxfp4_folder
+from mxfp4_folder import CONFIG, write_mxfp4_folder
 
 from sft_jax.checkpoint import mxfp4
 from sft_jax.checkpoint.hf import load_pretrained, read_config
@@ -123,6 +125,15 @@ def test_blocks_without_their_scales_are_refused(tmp_path):
     })  # fmt: skip
     config, _ = read_config(tmp_path)
     with pytest.raises(StorageError, match=r"has no tensor model.layers.0.mlp.experts.gate_up_proj "):
+        load_pretrained(tmp_path, config, None, "bfloat16")
+
+
+def test_blocks_that_no_config_describes_are_refused(tmp_path):
+    write_mxfp4_folder(tmp_path, seed=0)
+    fields = {name: value for name, value in CONFIG.items() if name != "quantization_config"}
+    (tmp_path / "config.json").write_text(json.dumps(fields))
+    config, _ = read_config(tmp_path)
+    with pytest.raises(StorageError, match=r"_blocks: has scales beside it, and config.json has no"):
         load_pretrained(tmp_path, config, None, "bfloat16")
 
 

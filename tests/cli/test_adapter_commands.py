@@ -47,6 +47,7 @@ def folder(tmp_path_factory):
     path = tmp_path_factory.mktemp("adapters")
     (path / "config.py").write_text(CONFIG)
     shutil.copytree(BASE_MODEL, path / "base")
+    (path / "base" / "generation_config.json").write_text('{"temperature": 0.6, "eos_token_id": 9}')
     with (path / "chats.jsonl").open("w") as file:
         for i in range(40):
             turns = [("user", f"Where was Kulo {i} born?"), ("assistant", f"In Ashmoor, house {i}.")]
@@ -127,6 +128,10 @@ def test_export_gives_the_adapter_or_the_merged_model(folder, capsys):
     assert all(np.array_equal(values, expected[name]) for name, values in read_adapter(folder / "adapter").items())
     merged, base = (load_file(folder / name / "model.safetensors") for name in ("merged", "base"))
     assert merged.keys() == base.keys()
+    for name in ("merged", "run/export"):
+        generation = json.loads((folder / name / "generation_config.json").read_text())
+        assert generation["temperature"] == 0.6
+        assert 9 not in generation["eos_token_id"]
     card = (folder / "merged" / "README.md").read_text()
     assert "the base, its kernels in nf4, but for adapters that are merged here: LoRA of rank 4, alpha 16, on" in card
     changed = {name.split(".", 3)[-1] for name in base if not np.array_equal(merged[name], base[name])}

@@ -59,6 +59,11 @@ def test_check_prints_and_writes_the_account(capsys, tmp_path):
     assert report["eval"]["held_out"]["rows_trained"] == 1
 
 
+def test_check_refuses_what_the_step_would(capsys):
+    error = call(capsys, "check", "--config.loss.router_balance_weight=0.01", status=2)
+    assert "config.loss.router_balance_weight: is 0.01, and the model (llama) has no experts" in error
+
+
 def test_check_tells_of_examples_that_are_held_out_and_of_files_that_are_not_read(capsys, tmp_path):
     (tmp_path / "chats.jsonl").write_text("\n".join([chat("Yes."), chat("No."), chat("A fox.")]))
     (tmp_path / "rows").mkdir()

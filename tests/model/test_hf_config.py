@@ -4,6 +4,7 @@ import pytest
 
 from sft_jax.datatypes import ConfigError
 from sft_jax.model.families import list_layers
+from sft_jax.model.family_table import FAMILIES
 from sft_jax.model.hf_config import read_hf_config, to_hf_config
 from sft_jax.model.presets import PRESETS
 from sft_jax.model.rope import Llama3Scaling, RopeConfig
@@ -86,6 +87,11 @@ def test_what_would_be_ignored_is_refused_by_name(changes, named):
     assert named in str(caught.value)
 
 
+def fp8(**changes):
+    described = {"quant_method": "fp8", "fmt": "e4m3", "weight_block_size": [128, 128]}
+    return {"quantization_config": described | changes}
+
+
 def mixture_fields(preset, **changes):
     return to_hf_config(PRESETS[preset], "bfloat16") | changes
 
@@ -104,7 +110,15 @@ def mixture_fields(preset, **changes):
         ("gpt-oss-20b", {"swiglu_alpha": 1.0}, "swiglu_alpha is 1.0"),
         ("gpt-oss-20b", {"quantization_config": {"quant_method": "bitsandbytes"}}, "quantization_config is"),
         ("deepseek-v3", {"scoring_func": "softmax"}, "scoring_func is 'softmax'"),
-        ("deepseek-v3", {"quantization_config": {"quant_method": "fp8", "weight_block_size": [64, 64]}}, "[64, 64]"),
+        ("deepseek-v3", fp8(weight_block_size=[64, 64]), "[64, 64]"),
+        ("deepseek-v3", fp8(activation_scheme="static"), "activation_scheme is 'static'; expected one of dynamic"),
+        ("deepseek-v3", fp8(scale_fmt="int8"), "scale_fmt is 'int8'; expected one of float, ue8m0"),
+        ("deepseek-v3", fp8(fmt="e5m2"), "fmt is 'e5m2'; only 'e4m3'"),
+        ("qwen3-30b-a3b", fp8(weight_block_size=None), "has no weight_block_size"),
+        ("qwen3-30b-a3b", fp8(modules_to_convert=["model.embed_tokens"]), "modules_to_convert = ["),
+        ("qwen3-30b-a3b", fp8(modules_to_not_convert=[1]), "modules_to_not_convert[0] is 1"),
+        ("gpt-oss-20b", {"quantization_config": {"quant_method": "mxfp4", "bits": 4}}, "bits = 4: not a known part"),
+        ("deepseek-v3", {"n_shared_experts": -1}, "n_shared_experts is -1; expected at least 0"),
         ("deepseek-v3", {"head_dim": 100}, "head_dim is 100; latent attention with these ranks has 64"),
         ("deepseek-v3", {"num_key_value_heads": 8}, "8 key heads for 128 query heads"),
     ],
@@ -124,11 +138,11 @@ def test_null_is_false_where_transformers_asks_whether_it_is_true():
 
 
 def test_published_folders_of_codes_are_read():
-    fp8 = {"activation_scheme": "dynamic", "fmt": "e4m3", "quant_method": "fp8", "weight_block_size": [128, 128]}
+    deepseek = fp8(activation_scheme="dynamic", scale_fmt="ue8m0", modules_to_not_convert=None)
     mxfp4 = {"modules_to_not_convert": ["lm_head"], "quant_method": "mxfp4"}
     published = {"num_nextn_predict_layers": 1, "topk_method": "noaux_tc", "scoring_func": "sigmoid", "ep_size": 1}
     for preset, changes in (
-        ("deepseek-v3", {"quantization_config": fp8, "moe_layer_freq": 1, **published}),
+        ("deepseek-v3", deepseek | {"moe_layer_freq": 1, **published}),
         ("gpt-oss-120b", {"quantization_config": mxfp4, "experts_per_token": 4, "initial_context_length": 4096}),
     ):
         assert read_hf_config(mixture_fields(preset, **changes), "config.json") == PRESETS[preset]
@@ -189,6 +203,11 @@ def longrope(short):
         ("gemma3_text", {"_sliding_window_pattern": 3}, "_sliding_window_pattern is 3"),
         ("gemma3_text", {"sliding_window_pattern": 0}, "sliding_window_pattern is 0"),
         ("gemma2", {"attn_logit_softcapping": -1.0}, "attention_softcap is -1.0"),
+        ("gemma2", {"query_pre_attn_scalar": 0}, "query_pre_attn_scalar is 0.0; expected more than 0"),
+        ("gemma3_text", {"query_pre_attn_scalar": -256}, "query_pre_attn_scalar is -256.0; expected more than 0"),
+        ("gemma", {"hidden_size": -16}, "hidden_size is -16"),
+        ("granite", {"residual_multiplier": math.nan}, "residual_multiplier is nan"),
+        ("phi3", {"partial_rotary_factor": 1e308}, "partial_rotary_factor is 1e+308"),
         ("gemma3_text", {"attn_logit_softcapping": 50.0}, "attn_logit_softcapping is 50.0"),
         ("gemma3_text", {"rope_parameters": {"rope_type": "default"}}, "expected full_attention and sliding_attention"),
         ("gemma3_text", {"rope_parameters": {"full_attention": "x"}}, "full_attention is 'x'; expected dict"),
@@ -200,8 +219,9 @@ def longrope(short):
             "rope_theta is 60.0, and beside it rope_local_base_freq 50.0",
         ),
         ("gemma2", {"layer_types": [{}, "full_attention"] * 2}, "layer_types[0] is {}"),
-        ("phi3", longrope([math.inf, 1.0, 1.0, 1.0]), "short_factor is [inf"),
-        ("phi3", longrope([math.nan, 1.0, 1.0, 1.0]), "short_factor is [nan"),
+        ("phi3", longrope([math.inf, 1.0, 1.0, 1.0]), "short_factor[0] is inf"),
+        ("phi3", longrope([math.nan, 1.0, 1.0, 1.0]), "short_factor[0] is nan"),
+        ("phi3", longrope([1.0, 0.0, 1.0, 1.0]), "short_factor is [1.0, 0.0"),
         ("phi3", longrope([1.0, 10**400, 1.0, 1.0]), "short_factor[1] has more digits"),
         ("phi3", longrope([1.0, None, 1.0, 1.0]), "has no short_factor[1]"),
         ("phi3", longrope([1.0, True, 1.0, 1.0]), "short_factor[1] is True"),
@@ -219,6 +239,21 @@ def test_a_family_refuses_what_it_would_ignore(family, changes, named):
     assert named in str(caught.value)
 
 
+@pytest.mark.parametrize("family", FAMILIES)
+def test_no_number_makes_another_error(family):
+    """What is read is written too."""
+    preset = next(config for config in PRESETS.values() if config.family == family)
+    fields = to_hf_config(preset, "float32") | SMALL
+    fields |= {"rope_scaling": {"rope_type": "dynamic", "factor": 2.0}} if family == "llama" else {}
+    for name in [name for name, value in fields.items() if type(value) in (int, float)] + [*FAMILIES[family].options]:
+        for value in (0, -1, -0.5, 5e-324, 2**62, 1e308, math.inf, math.nan):
+            try:
+                config = read_hf_config(fields | {name: value}, "config.json")
+            except ConfigError:
+                continue
+            assert to_hf_config(config, "float32")
+
+
 def test_an_empty_scaling_is_none_in_the_newer_spelling_only():
     def scaling(**fields):
         (layer, *_) = list_layers(read_hf_config({"model_type": "gpt_oss"} | SMALL | fields, "config.json"))
@@ -226,6 +261,15 @@ def test_an_empty_scaling_is_none_in_the_newer_spelling_only():
 
     assert scaling(rope_parameters={}) is None
     assert scaling(rope_scaling={}) == scaling() is not None
+
+
+@pytest.mark.parametrize("family", ["gemma2", "gemma3_text", "gpt_oss"])
+def test_a_window_is_written_even_where_no_layer_has_it(family):
+    all_full = {"model_type": family, "layer_types": ["full_attention"] * 4}
+    config = read_hf_config(all_full | SMALL, "config.json")
+    fields = to_hf_config(config, "float32")
+    assert type(fields["sliding_window"]) is int
+    assert read_hf_config(fields, "config.json") == config
 
 
 def test_layers_with_a_window_are_found():
