@@ -108,7 +108,7 @@ def ways_to_fit(plan: Plan) -> list[str]:
     return [*ways, "shorter rows (config.data.max_seq_len), or more chips"]
 
 
-def _size(num_bytes: float) -> str:
+def _size(num_bytes: int | float) -> str:
     """In GiB, and MiB below one."""
     return f"{num_bytes / 2**30:.2f} GiB" if num_bytes >= 2**30 else f"{num_bytes / 2**20:.2f} MiB"
 
