@@ -21,6 +21,7 @@ def get_config():
     config.data.eval = [dict(path=f"{data}/held_out.jsonl")]
     config.data.max_seq_len = 8192
     config.batch.batch_size = 64
+    config.loss.chunk_tokens = 512
     config.optimizer.learning_rate = 5e-6
     config.evaluation.every_steps = 200
     config.checkpoint.every_steps = 200

@@ -70,7 +70,7 @@ def _describe_work(console: Console, plan: Plan) -> None:
     for name in sorted(work.uncounted):
         console.print(f"not counted: the kernel {name}", soft_wrap=True, highlight=False)
     lines = {
-        "step": f"{work.step_seconds:.3f} s at the least, bound by {work.bound}; MFU {plan.mfu:.1%} at the most",
+        "step": f"{work.step_seconds:.3f} s by the roofline, most of it {work.bound}; MFU {plan.mfu:.1%}",
         "work": f"{work.flops / 1e12:,.2f} TFLOP in {work.compute_seconds:.3f} s at peak, "
         f"{_size(work.memory_bytes)} of memory in {work.memory_seconds:.3f} s, "
         f"{_size(work.collective_bytes)} sent",
@@ -108,7 +108,7 @@ def ways_to_fit(plan: Plan) -> list[str]:
     return [*ways, "shorter rows (config.data.max_seq_len), or more chips"]
 
 
-def _size(num_bytes: float) -> str:
+def _size(num_bytes: int | float) -> str:
     """In GiB, and MiB below one."""
     return f"{num_bytes / 2**30:.2f} GiB" if num_bytes >= 2**30 else f"{num_bytes / 2**20:.2f} MiB"
 

@@ -58,7 +58,7 @@ def compile_step(config: Config, topology: Topology) -> CompiledStep:
     try:
         compiled = lowered.compile()
     except jax.errors.JaxRuntimeError as error:
-        needed = _needed_bytes(str(error))
+        needed = needed_hbm_bytes(str(error))
         if needed is None:
             raise ConfigError(
                 f"--topology={topology.name}: the compiler refuses the step: {str(error)[:2000]}. Change what it "
@@ -72,12 +72,16 @@ def _without_folder(config: Config) -> Config:
     return dataclasses.replace(config, model=dataclasses.replace(config.model, path=""))
 
 
-def _needed_bytes(message: str) -> int | None:
-    """Of `Used 40.21G of 31.24G hbm.`; None where it is another complaint."""
-    if "RESOURCE_EXHAUSTED" not in message:
-        return None
-    match = re.search(r"Used ([\d.]+)([KMGT]) of ([\d.]+)([KMGT]) hbm", message)
-    return int(float(match[1]) * 1024 ** ("KMGT".index(match[2]) + 1)) if match else None
+def needed_hbm_bytes(message: str) -> int | None:
+    """What the compiler asked for, by its message; None where it complains of something else."""
+    for pattern in (  # of two versions of libtpu
+        r"Used ([\d.]+)([KMGT]) of [\d.]+[KMGT] hbm",
+        r"\(([\d.]+)([KMGT])\) exceeds available HBM",
+    ):
+        match = re.search(pattern, message)
+        if match and "RESOURCE_EXHAUSTED" in message:
+            return int(float(match[1]) * 1024 ** ("KMGT".index(match[2]) + 1))
+    return None
 
 
 def device_coords(mesh: Mesh) -> np.ndarray:

@@ -7,7 +7,8 @@
 
     step = max(computation, asynchronous) + synchronous
 
-Nothing runs at its peak, so this is the least a step can take, and a means to compare; it is no measurement.
+Products never reach their peak, and bytes that the compiler keeps on the chip or overlaps may be counted: the sum is no
+bound in either direction. It is a means to compare, and no measurement.
 """
 
 from collections.abc import Mapping, Sequence

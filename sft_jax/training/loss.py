@@ -197,4 +197,8 @@ def _local_sums(
     if mesh:
         head_grad = jax.lax.psum_scatter(head_grad, "fsdp", scatter_dimension=1, tiled=True)
         head_grad = jax.lax.psum(head_grad, ("replica", "context"))
-    return sums, (end["hidden_grad"].reshape(hidden_BLD.shape), head_grad.astype(head_VD.dtype))
+    # The backward pass of the layers waits for both. Else the head's gradient is cut to this device's part only where
+    # the optimizer reads it, and all of it stays in memory until then: 3.9 GiB of Llama-3.1-70B.
+    return sums, jax.lax.optimization_barrier(
+        (end["hidden_grad"].reshape(hidden_BLD.shape), head_grad.astype(head_VD.dtype))
+    )

@@ -188,6 +188,18 @@ def source_sums(sums: LossSums, batch: Batch, num_sources: int) -> Metrics:
     }
 
 
+def narrow_kernels(params: Params, compute_dtype: str) -> Params:
+    """The layers' kernels in the dtype that they multiply in, so that their gradients, which have that precision, are
+    held in that dtype too: in half the memory, with the same values. Each is read once; the router's in float32."""
+
+    def narrow(path: str, param: Array) -> Array:
+        is_kernel = path.startswith("layers.") and path.endswith(".kernel") and ".router." not in path
+        wider = param.dtype.itemsize > jnp.dtype(compute_dtype).itemsize
+        return param.astype(compute_dtype) if is_kernel and wider else param
+
+    return {path: narrow(path, param) for path, param in params.items()}
+
+
 def _accumulate_grads(
     sum_loss: Any, params: Params, frozen: Params, batch: Batch, config: Config, mesh: Mesh | AbstractMesh | None
 ) -> tuple[Params, LossSums]:
@@ -197,6 +209,7 @@ def _accumulate_grads(
     """
     dtype = jnp.dtype(config.optimizer.accum_dtype)
     grad_fn = jax.grad(sum_loss, has_aux=True)
+    params = narrow_kernels(params, config.model.compute_dtype)
     parts = config.batch.grad_accum_steps
     if parts == 1:
         grads, sums = grad_fn(params, frozen, batch)

@@ -24,7 +24,7 @@ from sft_jax.model.transformer import abstract_params
 from sft_jax.sharding import Batch, build_mesh, shardings_for, spec_for
 from sft_jax.training.optimizer import build_optimizer, build_schedule
 from sft_jax.training.state import abstract_state, init_state, split_params
-from sft_jax.training.step import make_eval_step, make_train_step, sum_batch_loss
+from sft_jax.training.step import make_eval_step, make_train_step, narrow_kernels, sum_batch_loss
 
 MODEL = TransformerConfig(
     vocab_size=48, layers=same_layers(2, LayerConfig(rope=RopeConfig(theta=100.0))), embed_dim=16, mlp_dim=24,
@@ -263,3 +263,16 @@ def test_abstract_state_is_the_real_one(name):
     state, _ = make_state(config, mesh)
     describe = lambda leaf: (leaf.shape, leaf.dtype, leaf.sharding.spec)  # noqa: E731
     assert jax.tree.map(describe, abstract) == jax.tree.map(describe, state)
+
+
+def test_narrow_kernels_give_the_same_gradients_in_fewer_bytes():
+    config = make_config(model={"param_dtype": "float32", "compute_dtype": "bfloat16"})
+    params = {path: value.astype(jnp.float32) for path, value in make_params().items()}
+    loss = functools.partial(sum_batch_loss, config=config, model=MODEL, mesh=None, noise_seed=None)
+    grad = jax.jit(jax.grad(lambda params: loss(params, {}, make_batch())[0]))
+    wide, narrow = grad(params), grad(narrow_kernels(params, "bfloat16"))
+    kernels = {path for path in params if path.endswith(".kernel")}
+    assert {path for path in params if narrow[path].dtype == jnp.bfloat16} == kernels
+    for path in params:
+        assert np.array_equal(wide[path], narrow[path].astype(jnp.float32)), path
+    assert narrow_kernels(params, "float32") == params
