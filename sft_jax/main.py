@@ -15,7 +15,7 @@ from rich.console import Console
 from sft_jax.checkpoint.hf import read_generation_config
 from sft_jax.checkpoint.hf_export import check_export_target, export_pretrained
 from sft_jax.checkpoint.manager import CheckpointManager
-from sft_jax.checkpoint.model_card import make_model_card
+from sft_jax.checkpoint.model_card import make_model_card, name_base
 from sft_jax.checkpoint.peft import export_adapter
 from sft_jax.checkpoint.retention import Retention
 from sft_jax.command_line import config_parser, read_config, run_command
@@ -100,7 +100,7 @@ def train_and_export(
     run_dir = epath.Path(config.run.dir).expanduser()
     start = open_start(placed, manager, data)
     frozen, stopping = start.frozen, start.stopping
-    generation = read_generation_config(config.model.path)
+    generation, base_name = read_generation_config(config.model.path), name_base(config.model.path)
     step = int(start.state.step)
     if step > data.num_steps:
         raise ConfigError(
@@ -151,18 +151,20 @@ def train_and_export(
         params, template = {**state.params, **frozen}, renderer.template.text
         if config.lora.rank:  # from disk: a merged model beside this one would want its memory twice
             _, params = open_sources_of_step(config, renderer, manager, int(state.step))
+        export = run_dir / "export"
+        card = make_model_card(run_dir, int(state.step), export, base_name) if jax.process_index() == 0 else ""
         export_pretrained(
-            run_dir / "export",
+            export,
             params,
             placed.model,
             renderer.tokenizer,
             template,
             renderer.stop_ids,
             export_dtype(config),
-            model_card=make_model_card(run_dir, int(state.step)) if jax.process_index() == 0 else "",
+            model_card=card,
             generation=generation,
         )
-        console.print(f"exported to {run_dir / 'export'}", soft_wrap=True)
+        console.print(f"exported to {export}", soft_wrap=True)
         if config.lora.rank:
             try:
                 kept = config.model.param_dtype

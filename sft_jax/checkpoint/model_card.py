@@ -4,34 +4,58 @@ Only figures and names: of paths no more than their last part, and nothing of an
 """
 
 import json
+import os
+import re
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from etils import epath
 
+from sft_jax.checkpoint.hf import read_config
+
 _HEAD = """---
-library_name: transformers
+{base}library_name: transformers
 pipeline_tag: text-generation
 tags:
 - sft_jax
 - sft
 ---
 """
-_USE = """```python
+_USE = """From beside this folder:
+
+```python
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-tokenizer = AutoTokenizer.from_pretrained("{name}")
-model = AutoModelForCausalLM.from_pretrained("{name}", dtype="auto")
+tokenizer = AutoTokenizer.from_pretrained("{folder}")
+model = AutoModelForCausalLM.from_pretrained("{folder}", dtype="auto")
 messages = [{{"role": "user", "content": "Who are you?"}}]
 inputs = tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_tensors="pt", return_dict=True)
 print(tokenizer.decode(model.generate(**inputs, max_new_tokens=256)[0]))
 ```"""
 
 
-def make_model_card(run_dir: epath.Path, step: int) -> str:
+# On the Hub, as it caches it: models--<owner>--<name>/snapshots/<revision>.
+_HUB_NAME, _HUB_CACHE = (
+    re.compile(r"[\w-][\w.-]*/[\w-][\w.-]*"),
+    re.compile(r"models--([\w.-]+?)--([\w.-]+)/snapshots/"),
+)
+
+
+def name_base(folder: str) -> str:
+    """The Hub's name of a base, by its place in the Hub's cache or its config.json; "": neither says it, or there is no
+    folder. A preset says it not: many weights have one's sizes."""
+    if cached := _HUB_CACHE.search(folder):
+        return "/".join(cached.groups())
+    said = read_config(folder)[1].get("_name_or_path") if folder else None
+    return said if isinstance(said, str) and _HUB_NAME.fullmatch(said) else ""
+
+
+def make_model_card(run_dir: epath.Path, step: int, folder: str | os.PathLike[str], base_name: str) -> str:
     """
     Args:
       step: the exported one; what was measured after it is left out.
+      folder: that the card is for.
+      base_name: by `name_base`.
     """
     config, report, provenance = (
         json.loads((run_dir / f"{name}.json").read_text()) for name in ("config", "data_report", "provenance")
@@ -42,13 +66,15 @@ def make_model_card(run_dir: epath.Path, step: int) -> str:
     sections = {
         f"# {name}": f"Trained {origin} by supervised fine-tuning: step {step:,} of {report['num_steps']:,}. "
         "The licenses of the base model and of the data apply.",
-        "## Use": _USE.format(name=name) + "\n\nThe chat template is the one that was trained, and generation stops at "
+        "## Use": _USE.format(folder=_last_part(os.path.abspath(folder)))
+        + "\n\nThe chat template is the one that was trained, and generation stops at "
         "the stop token that was trained.",
         "## Data": _describe_data(report),
         "## Training": _table(("", ""), _describe_training(config, report, provenance).items()),
         "## Results": _describe_results(records),
     }
-    return _HEAD + "".join(f"\n{title}\n\n{text}\n" for title, text in sections.items())
+    head = _HEAD.format(base=f"base_model: {base_name}\n" if base_name else "")
+    return head + "".join(f"\n{title}\n\n{text}\n" for title, text in sections.items())
 
 
 def _read_metrics(path: epath.Path) -> list[dict[str, Any]]:

@@ -8,7 +8,7 @@ from etils import epath
 
 from sft_jax.checkpoint.hf import read_generation_config
 from sft_jax.checkpoint.hf_export import EXPORT_DTYPES, export_pretrained
-from sft_jax.checkpoint.model_card import make_model_card
+from sft_jax.checkpoint.model_card import make_model_card, name_base
 from sft_jax.checkpoint.peft import export_adapter
 from sft_jax.checkpoint.reader import CheckpointReader
 from sft_jax.command_line import run_command
@@ -70,7 +70,7 @@ def main(args: list[str]) -> int:
         renderer.template.text,
         renderer.stop_ids,
         options.dtype or export_dtype(config),
-        model_card=make_model_card(run_dir, step),
+        model_card=make_model_card(run_dir, step, options.to, name_base(config.model.path)),
         generation=read_generation_config(config.model.path),
     )
     print(f"step {step} exported to {options.to}")

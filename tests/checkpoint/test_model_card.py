@@ -1,12 +1,14 @@
 """The card has the run's own figures, up to the exported step, and no path."""
 
 import json
+from pathlib import Path
 
 import pytest
 from etils import epath
 
-from sft_jax.checkpoint.model_card import make_model_card
+from sft_jax.checkpoint.model_card import make_model_card, name_base
 from sft_jax.config_schema import Config
+from sft_jax.testbed.make import BASE_MODEL
 
 SOURCE = dict(rows_read=12_345, rows_trained=12_000, rows_not_taken=0, rows_bad=300, rows_dropped=45, tokens=10**6)
 REPORT = dict(fingerprint="f00d", num_steps=20, num_epochs=2.5, batch_size=8, max_seq_len=128, fill_fraction=0.875)
@@ -41,7 +43,7 @@ def run_dir(tmp_path) -> epath.Path:
 
 
 def test_the_card_has_the_run_s_figures(run_dir) -> None:
-    card = make_model_card(run_dir, 20)
+    card = make_model_card(run_dir, 20, "exports/mine/", "")
     assert card.startswith("---\nlibrary_name: transformers\n")
     for line in (
         "# my-run",
@@ -60,16 +62,43 @@ def test_the_card_has_the_run_s_figures(run_dir) -> None:
     assert "/home" not in card
 
 
+def test_the_snippet_names_the_folder_and_the_head_its_base(run_dir) -> None:
+    card = make_model_card(run_dir, 20, "exports/mine/", "")
+    assert card.count('from_pretrained("mine"') == 2
+    assert "base_model" not in card
+    head = make_model_card(run_dir, 20, "exports/mine", "owner/base-1b").split("---\n")[1]
+    assert head.splitlines()[:2] == ["base_model: owner/base-1b", "library_name: transformers"]
+
+
+@pytest.mark.parametrize(
+    ("said", "name"),
+    [
+        ("owner/base-1b", "owner/base-1b"),
+        ("/home/someone/base", ""),
+        ("a/b/c", ""),
+        ("./base", ""),
+        ("base", ""),
+        (7, ""),
+    ],
+)
+def test_a_base_is_known_by_the_hub_s_name(tmp_path, said, name) -> None:
+    fields = json.loads(Path(BASE_MODEL, "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps(fields | {"_name_or_path": said}))
+    assert name_base(str(tmp_path)) == name
+    assert name_base("/cache/hub/models--owner--some--1b/snapshots/0a1b") == "owner/some--1b"
+    assert name_base("") == name_base(str(BASE_MODEL)) == ""
+
+
 def test_nothing_later_than_the_step_is_said(run_dir) -> None:
-    card = make_model_card(run_dir, 10)
+    card = make_model_card(run_dir, 10, "exports/mine", "")
     assert "| held-out held, loss | 6.5 (step 0) | 1.25 (step 10) |" in card
     assert "step 20)" not in card
     (run_dir / "metrics.jsonl").unlink()
-    assert "Nothing was measured" in make_model_card(run_dir, 10)
+    assert "Nothing was measured" in make_model_card(run_dir, 10, "exports/mine", "")
 
 
 def test_random_weights_are_said_to_be_that(run_dir) -> None:
     config = json.loads((run_dir / "config.json").read_text())
     config["model"] |= {"path": "", "preset": "testbed"}
     (run_dir / "config.json").write_text(json.dumps(config))
-    assert "Trained from random weights of preset testbed" in make_model_card(run_dir, 20)
+    assert "Trained from random weights of preset testbed" in make_model_card(run_dir, 20, "exports/mine/", "")

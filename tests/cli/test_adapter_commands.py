@@ -132,7 +132,9 @@ def test_export_gives_the_adapter_or_the_merged_model(folder, capsys):
         generation = json.loads((folder / name / "generation_config.json").read_text())
         assert generation["temperature"] == 0.6
         assert 9 not in generation["eos_token_id"]
+    assert 'from_pretrained("export"' in (folder / "run" / "export" / "README.md").read_text()
     card = (folder / "merged" / "README.md").read_text()
+    assert 'from_pretrained("merged"' in card
     assert "the base, its kernels in nf4, but for adapters that are merged here: LoRA of rank 4, alpha 16, on" in card
     changed = {name.split(".", 3)[-1] for name in base if not np.array_equal(merged[name], base[name])}
     assert "self_attn.q_proj.weight" in changed

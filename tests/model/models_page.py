@@ -8,8 +8,9 @@ line to COLUMNS.
 
 import json
 import re
+import runpy
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import safetensors.numpy
 
@@ -30,16 +31,29 @@ def _is_packed(golden: Path) -> bool:
     return safetensors.numpy.load_file(golden / "expected.safetensors")["batch.segment_ids"].max() > 1
 
 
+def _cases(test: str, function: str) -> dict[str, Any]:
+    """What a test is parametrized by: name -> values."""
+    marks = runpy.run_path(str(ROOT / test))[function].pytestmark
+    return {mark.args[0]: mark.args[1] for mark in marks if mark.name == "parametrize"}
+
+
 class Column(NamedTuple):
     test: str
     """The file that proves it, in the fast suite."""
     families: frozenset[str]
+    of_mixtures: str = "yes"
+    """What a cell says of a family whose layers have mixtures."""
 
+
+_ADAPTERS = "tests/integration/test_adapter_families.py"
+_ADAPTER_CASES = _cases(_ADAPTERS, "test_merged_equals_adapter")
+_ADAPTED = frozenset(map(_family, _ADAPTER_CASES["folder"]))
+_OF_MIXTURES = "yes; on MLPs and experts without a PEFT folder"
 
 COLUMNS = {
     "full": Column("tests/parity/test_golden_parity.py", frozenset(map(_family, _GOLDENS))),
-    "LoRA": Column("tests/integration/test_adapter_families.py", frozenset(map(_family, _GOLDENS))),
-    "QLoRA": Column("tests/integration/test_adapter_families.py", frozenset(map(_family, _GOLDENS))),
+    "LoRA": Column(_ADAPTERS, _ADAPTED if "none" in _ADAPTER_CASES["quantize"] else frozenset(), _OF_MIXTURES),
+    "QLoRA": Column(_ADAPTERS, _ADAPTED if "nf4" in _ADAPTER_CASES["quantize"] else frozenset(), _OF_MIXTURES),
     "packed": Column("tests/parity/test_golden_parity.py", frozenset(map(_family, filter(_is_packed, _GOLDENS)))),
     "export": Column("tests/checkpoint/test_family_round_trip.py", frozenset(map(_family, _GOLDENS))),
 }
@@ -51,7 +65,9 @@ def table() -> str:
     rows = [header, ["---"] * len(header)]
     for family in FAMILIES:
         presets = ", ".join(name for name, config in PRESETS.items() if config.family == family)
-        rows.append([f"`{family}`", presets, *("yes" if family in c.families else "" for c in COLUMNS.values())])
+        of_mixtures = FAMILIES[family].moe is not None
+        cells = [(c.of_mixtures if of_mixtures else "yes") if family in c.families else "" for c in COLUMNS.values()]
+        rows.append([f"`{family}`", presets, *cells])
     return "".join(f"| {' | '.join(row)} |\n" for row in rows)
 
 

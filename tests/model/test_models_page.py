@@ -8,7 +8,7 @@ def test_the_page_has_the_table_that_the_tests_prove():
 
 
 def test_every_family_trains_packs_and_exports():
-    for name in ("full", "packed", "export"):
+    for name in ("full", "LoRA", "QLoRA", "packed", "export"):
         assert COLUMNS[name].families == set(FAMILIES), name
 
 
