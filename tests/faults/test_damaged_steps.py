@@ -32,9 +32,11 @@ def run_dir(lab):
 
 @pytest.mark.parametrize(
     ("row", "count"),
-    [("flip", 40), ("file", 140), ("swap", 12), ("newest", 5), ("stray", len(damage.STRAYS)), ("second", 2)],
+    [("flip", 40), ("file", None), ("swap", 12), ("newest", 5), ("stray", len(damage.STRAYS)), ("second", 2)],
 )
 def test_a_row_in_small(lab, row, count):
+    """`file`: every kind of damage to every file, of which Orbax writes a few more or less."""
+    count = count or len(lab.newest_files) * len(damage.KINDS)
     assert [problem for trial in range(count) if (problem := ROWS[row](lab, trial))] == []
     assert find_step(lab.mended) == 5
 
@@ -43,10 +45,6 @@ def test_a_row_in_small(lab, row, count):
 @pytest.mark.parametrize(("row", "count"), [("kill-save", 6), ("errno", 8)])
 def test_a_disk_that_fails(lab, row, count):
     assert [problem for trial in range(count) if (problem := ROWS[row](lab, trial))] == []
-
-
-def test_no_file_was_left_out(lab):
-    assert len(lab.newest_files) * len(damage.KINDS) <= 140
 
 
 def test_where_no_step_is_whole_the_run_stops_until_a_fresh_start_is_asked_for(run_dir):
