@@ -13,7 +13,7 @@ test: .venv/ready
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
-	$(BIN)/python -m pytest -q -m "not slow and not parity"
+	$(BIN)/python -m pytest -q -n 2 -m "not slow and not parity"
 
 test-slow: .venv/ready .venv-parity/ready
 	$(BIN)/python -m pytest -q -m "slow and not parity"
