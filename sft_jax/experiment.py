@@ -200,10 +200,9 @@ def check_model(config: Config, model: TransformerConfig, reader: CheckpointRead
     """Raises ConfigError where the model in `config.model.path` is not the one that a run trained: its config.json says
     other things, or, where parameters are frozen, its weights are others."""
     placed = ModelOnMesh(config, model, build_abstract_mesh(MeshConfig(fsdp=1), 1))
-    saved, now = (
-        {name: value for name, value in identity.items() if name == BASE_WEIGHTS or name.endswith(OF_MODEL)}
-        for identity in (reader.read_meta(step)["model"], placed.identity)
-    )
+    saved = reader.read_meta(step)["model"]
+    names = [name for name in saved if name == BASE_WEIGHTS or name.endswith(OF_MODEL)]
+    saved, now = ({name: all_of[name] for name in names if name in all_of} for all_of in (saved, placed.identity))
     changes = describe_changes(saved, now)
     if changes:
         listed = "\n".join(f"  {change}" for change in changes)

@@ -4,13 +4,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from jax.sharding import AbstractMesh
 
 from sft_jax.config_schema import MeshConfig
 from sft_jax.datatypes import ConfigError
 from sft_jax.model.attention import Rows, Scores, attend
 from sft_jax.model.splash import choose_blocks
-from sft_jax.sharding import build_mesh
+from sft_jax.sharding import build_abstract_mesh, build_mesh
 
 LENGTH = 256
 PACKED = ([100, 56, 60], [LENGTH])
@@ -115,4 +114,6 @@ def test_what_it_cannot_do_is_refused():
 def test_another_platform_is_refused(monkeypatch):
     monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
     with pytest.raises(ConfigError, match="the devices are gpu"):
-        attend("splash", *make_inputs(1), pack_rows([100]), Scores(0.125), mesh=AbstractMesh((1,), ("fsdp",)))
+        attend(
+            "splash", *make_inputs(1), pack_rows([100]), Scores(0.125), mesh=build_abstract_mesh(MeshConfig(fsdp=1), 1)
+        )
