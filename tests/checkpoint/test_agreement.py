@@ -1,13 +1,10 @@
 """Two processes on one run: they save together, prove together, and restore the same step, or stop together."""
 
-import os
 import shutil
-import socket
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
+from two_processes import run_two_processes
 
 _WORKER = """
 import sys
@@ -69,26 +66,9 @@ agreement.decide("whether it is over", lambda: None)
 def said(tmp_path_factory) -> list[str]:
     """What each process printed."""
     folder = tmp_path_factory.mktemp("two")
-    with socket.socket() as free:
-        free.bind(("localhost", 0))
-        address = f"localhost:{free.getsockname()[1]}"
-    flags = {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": "--xla_force_host_platform_device_count=4"}
-    paths = os.pathsep.join([str(Path(__file__).parents[1] / "faults"), *sys.path])
-    processes = [
-        subprocess.Popen(
-            [sys.executable, "-c", _WORKER, address, str(number), str(folder)],
-            env=os.environ | flags | {"PYTHONPATH": paths},
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            text=True,
-        )
-        for number in range(2)
-    ]
-    results = [process.communicate(timeout=300) for process in processes]
-    for process, (_, err) in zip(processes, results, strict=True):
-        assert process.returncode == 0, err[-3000:]
+    out = run_two_processes(_WORKER, folder, Path(__file__).parents[1] / "faults")
     shutil.rmtree(folder)
-    return [out for out, _ in results]
+    return out
 
 
 def test_each_process_hashes_what_it_wrote(said: list[str]) -> None:

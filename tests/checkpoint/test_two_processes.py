@@ -1,14 +1,11 @@
 """Two processes with four devices each: either kind of folder is read to one mesh, and one folder is written."""
 
-import os
-import socket
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import safetensors.numpy
 from llama_folder import TINY, llama_tensors, write_folder
+from two_processes import run_two_processes
 
 from sft_jax.cli.convert import main as convert
 
@@ -52,25 +49,7 @@ def folder(tmp_path_factory) -> Path:
 @pytest.fixture(scope="module")
 def said(folder: Path) -> list[str]:
     """What each process printed."""
-    with socket.socket() as free:
-        free.bind(("localhost", 0))
-        address = f"localhost:{free.getsockname()[1]}"
-    flags = {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": "--xla_force_host_platform_device_count=4"}
-    paths = os.pathsep.join([str(Path(__file__).parent), *sys.path])
-    processes = [
-        subprocess.Popen(
-            [sys.executable, "-c", _WORKER, address, str(number), str(folder)],
-            env=os.environ | flags | {"PYTHONPATH": paths},
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            text=True,
-        )
-        for number in range(2)
-    ]
-    results = [process.communicate(timeout=120) for process in processes]
-    for process, (_, err) in zip(processes, results, strict=True):
-        assert process.returncode == 0, err[-3000:]
-    return [out for out, _ in results]
+    return run_two_processes(_WORKER, folder, Path(__file__).parent)
 
 
 @pytest.mark.parametrize("name", ["model", "converted"])

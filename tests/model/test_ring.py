@@ -4,7 +4,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from model.test_splash import assert_same, make_inputs, pack_rows, run
+from test_splash import assert_same, make_inputs, pack_rows, run
 
 from sft_jax.config_schema import MeshConfig
 from sft_jax.datatypes import ConfigError

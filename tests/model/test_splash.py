@@ -1,13 +1,16 @@
 """The TPU kernel, interpreted, against the reference: values and gradients."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from test_attention import pack_rows as pack_any_rows
 
 from sft_jax.config_schema import MeshConfig
 from sft_jax.datatypes import ConfigError
-from sft_jax.model.attention import Rows, Scores, attend
+from sft_jax.model.attention import Scores, attend
 from sft_jax.model.splash import choose_blocks
 from sft_jax.sharding import build_abstract_mesh, build_mesh
 
@@ -21,15 +24,7 @@ def make_inputs(batch=2, length=LENGTH, num_heads=4, num_kv_heads=2, head_dim=64
     return [jnp.asarray(rng.normal(size=(batch, length, *shape)), jnp.float32) for shape in shapes]
 
 
-def pack_rows(*rows_of_lengths, length=LENGTH):
-    positions, segment_ids = np.zeros((2, len(rows_of_lengths), length), np.int32)
-    for row, lengths in enumerate(rows_of_lengths):
-        start = 0
-        for number, n in enumerate(lengths, 1):
-            positions[row, start : start + n] = np.arange(n)
-            segment_ids[row, start : start + n] = number
-            start += n
-    return Rows(jnp.asarray(positions), jnp.asarray(segment_ids))
+pack_rows = functools.partial(pack_any_rows, length=LENGTH)
 
 
 def run(name, inputs, rows, scores, sinks=None, mesh=None):
