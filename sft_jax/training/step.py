@@ -1,6 +1,7 @@
 """One optimizer step: batch in, new state and metrics out. The only place that divides by `weight_sum`."""
 
 import dataclasses
+import re
 from collections.abc import Callable
 from functools import partial
 from typing import Any
@@ -190,10 +191,11 @@ def source_sums(sums: LossSums, batch: Batch, num_sources: int) -> Metrics:
 
 def narrow_kernels(params: Params, compute_dtype: str) -> Params:
     """The layers' kernels in the dtype that they multiply in, so that their gradients, which have that precision, are
-    held in that dtype too: in half the memory, with the same values. Each is read once; the router's in float32."""
+    held in that dtype too: in half the memory, with the same values. Each is read once; the router's in float32, and
+    gradients of experts' come in float32 and would be rounded."""
 
     def narrow(path: str, param: Array) -> Array:
-        is_kernel = path.startswith("layers.") and path.endswith(".kernel") and ".router." not in path
+        is_kernel = re.fullmatch(r"layers\.(?!.*\.(router|experts)\.).*\.kernel", path)
         wider = param.dtype.itemsize > jnp.dtype(compute_dtype).itemsize
         return param.astype(compute_dtype) if is_kernel and wider else param
 

@@ -15,7 +15,7 @@ from sft_jax.model.families import LayerConfig, LayerGroup
 from sft_jax.model.moe_config import MoeConfig
 from sft_jax.model.rope import RopeConfig
 from sft_jax.training.metrics import StepMeter
-from sft_jax.training.step import sum_batch_loss
+from sft_jax.training.step import narrow_kernels, sum_batch_loss
 
 MIXTURE = MoeConfig(
     num_experts=8, experts_per_token=3, expert_dim=8, scores="sigmoid", weights_multiplier=2.0, correction_bias=True,
@@ -115,3 +115,23 @@ def test_a_model_without_experts_has_no_such_losses(monkeypatch):
         ConfigError, match=r"config.loss.router_z_loss_weight: is 0.05, and the model .llama. has no exp"
     ):
         one_step(make_config(loss={"router_z_loss_weight": 0.05}), make_batch())
+
+
+def test_kernels_of_experts_and_routers_are_not_narrowed():
+    config = make_config(model={"param_dtype": "float32", "compute_dtype": "bfloat16"}, loss=LOSSES)
+    params = {path: value.astype(jnp.float32) for path, value in make_params().items()}
+
+    def loss(params):
+        return sum_batch_loss(
+            params, {}, make_batch(), config=config, model=test_step.MODEL, mesh=None, noise_seed=None,
+            router_scale=jnp.float32(1),
+        )[0]  # fmt: skip
+
+    narrow = narrow_kernels(params, "bfloat16")
+    kernels = {path for path in params if path.endswith(".kernel")}
+    wide = {path for path in kernels if ".router." in path or ".experts." in path}
+    assert len(wide) == 4
+    assert {path for path in params if narrow[path].dtype == jnp.bfloat16} == kernels - wide
+    grad = jax.jit(jax.value_and_grad(loss))
+    for one, other in zip(*map(jax.tree.leaves, (grad(params), grad(narrow))), strict=True):
+        assert np.array_equal(one, other.astype(one.dtype))
