@@ -202,7 +202,7 @@ FAMILIES: dict[str, Family] = {
             "final_logit_softcapping": None,
         },
         defaults=_GEMMA_DEFAULTS | {"num_key_value_heads": 4, "max_position_embeddings": 131_072},
-        rope=RopeDefaults(theta=1_000_000.0, local_theta=10_000.0),
+        rope=RopeDefaults(theta=1_000_000.0, local_theta=10_000.0, local_key="rope_local_base_freq"),
         windows="periodic",
         window_period=6,
         period_key="sliding_window_pattern",

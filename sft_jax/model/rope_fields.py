@@ -30,6 +30,9 @@ class RopeDefaults(NamedTuple):
     theta: float = 10_000.0
     local_theta: float | None = None
     """Of the layers with a window, which then have a base of their own and no scaling; None: all layers are alike."""
+    local_key: str | None = None
+    """That says `local_theta` in the older spelling; None: there is none, and no other base is supported, because the
+    two spellings of such a folder mean different bases in transformers 4 and 5."""
     original_max_position: int | None = None
     """A key beside the others, stronger than the one within the scaling; None: there is no such default."""
     scaling: dict[str, Any] | None = None
@@ -59,14 +62,24 @@ def take_ropes(fields: Fields, defaults: RopeDefaults, max_position: int) -> tup
     if defaults.local_theta is None:
         rope = _read_rope(Fields(values, f"{fields.where}: {name}"), outer, defaults.theta)
         return rope, rope
-    local_key = "rope_local_base_freq"
-    local = outer._replace(theta=_take_theta(fields, local_key), theta_key=local_key)
+    local_theta = _take_theta(fields, defaults.local_key) if defaults.local_key else None
+    local = outer._replace(theta=local_theta, theta_key=defaults.local_key or "")
     if new and new.keys() - set(_KINDS):
         raise ConfigError(f"{fields.where}: rope_parameters has {', '.join(new)}; expected {' and '.join(_KINDS)}.")
     within = Fields(new or {}, f"{fields.where}: rope_parameters")
     nested = {kind: within.take(kind, dict, {}) for kind in _KINDS} if new else {_KINDS[0]: values, _KINDS[1]: {}}
-    full, sliding = (Fields(nested[kind], f"{fields.where}: {name}.{kind}") for kind in _KINDS)
-    return _read_rope(full, outer, defaults.theta), _read_rope(sliding, local, defaults.local_theta)
+    full_fields, sliding_fields = (Fields(nested[kind], f"{fields.where}: {name}.{kind}") for kind in _KINDS)
+    full = _read_rope(full_fields, outer, defaults.theta)
+    sliding = _read_rope(sliding_fields, local, defaults.local_theta)
+    if sliding.scaling is not None:
+        raise ConfigError(f"{sliding_fields.where}: has a scaling; only layers without a window may. Remove it.")
+    bases = {full.theta, sliding.theta}
+    if defaults.local_key is None and bases != {defaults.local_theta}:
+        raise ConfigError(
+            f"{fields.where}: rope_theta is {' and '.join(map(str, sorted(bases)))}; only {defaults.local_theta} is "
+            "supported, since transformers 4 and 5 disagree about any other."
+        )
+    return full, sliding
 
 
 class _Outer(NamedTuple):
@@ -223,8 +236,8 @@ def rope_fields(full: RopeConfig, sliding: RopeConfig, defaults: RopeDefaults, m
         fields["rope_scaling"] = {"rope_type": "default"}
     if full.fraction != 1:
         fields["partial_rotary_factor"] = full.fraction
-    if defaults.local_theta is not None:
-        fields["rope_local_base_freq"] = sliding.theta
+    if defaults.local_key is not None:
+        fields[defaults.local_key] = sliding.theta
     if defaults.original_max_position is not None:
         original = getattr(full.scaling, "original_max_position", defaults.original_max_position)
         fields["original_max_position_embeddings"] = original

@@ -218,6 +218,11 @@ def longrope(short):
             {"rope_local_base_freq": 50.0, "rope_parameters": {"sliding_attention": {"rope_theta": 60.0}}},
             "rope_theta is 60.0, and beside it rope_local_base_freq 50.0",
         ),
+        (
+            "gemma3_text",
+            {"rope_parameters": {"sliding_attention": {"rope_type": "linear", "factor": 2.0}}},
+            "sliding_attention: has a scaling",
+        ),
         ("gemma2", {"layer_types": [{}, "full_attention"] * 2}, "layer_types[0] is {}"),
         ("phi3", longrope([math.inf, 1.0, 1.0, 1.0]), "short_factor[0] is inf"),
         ("phi3", longrope([math.nan, 1.0, 1.0, 1.0]), "short_factor[0] is nan"),
