@@ -220,6 +220,18 @@ FAMILIES: dict[str, Family] = {
         defaults={"rms_norm_eps": 1e-5},
         nulls=_NULL_KV_HEADS,
     ),
+    # OLMo-3: OLMo-2 with windows in three layers of four, which keep their rope when the others' is stretched.
+    "olmo3": Family(
+        architecture="Olmo3ForCausalLM",
+        fixed={"norms": "post", "qk_norm": "all"},
+        options={"attention_bias": False},
+        defaults={"rms_norm_eps": 1e-5},
+        rope=RopeDefaults(theta=500_000.0, local_theta=500_000.0),
+        windows="periodic",
+        window_period=4,
+        window=4096,
+        nulls=_NULL_KV_HEADS,
+    ),
     # Granite 3: Llama with four multipliers.
     "granite": Family(
         architecture="GraniteForCausalLM",

@@ -88,6 +88,12 @@ _QWEN25 = {"rope_theta": 1_000_000.0}
 _QWEN3 = {"rope_theta": 1_000_000.0, "head_dim": 128, "max_position_embeddings": 40_960}
 _GEMMA3 = {"rope_scaling": {"rope_type": "linear", "factor": 8.0}, "sliding_window": 1024}
 _OLMO2 = {"rope_theta": 500_000.0, "rms_norm_eps": 1e-6, "max_position_embeddings": 4096}
+_OLMO3 = {
+    "rope_theta": 500_000.0,
+    "rms_norm_eps": 1e-6,
+    "max_position_embeddings": 65_536,
+    "rope_scaling": {"rope_type": "yarn", "factor": 8.0, "original_max_position_embeddings": 8192},
+}
 _GRANITE3 = {
     "rms_norm_eps": 1e-5,
     "max_position_embeddings": 131_072,
@@ -218,6 +224,8 @@ TABLE: dict[str, Preset] = {
     "olmo2-7b": _preset("olmo2", "allenai/OLMo-2-1124-7B", (32, 4096, 11008, 32, 32), 100_352, **_OLMO2),
     "olmo2-13b": _preset("olmo2", "allenai/OLMo-2-1124-13B", (40, 5120, 13824, 40, 40), 100_352, **_OLMO2),
     "olmo2-32b": _preset("olmo2", "allenai/OLMo-2-0325-32B", (64, 5120, 27648, 40, 8), 100_352, **_OLMO2),
+    "olmo3-7b": _preset("olmo3", "allenai/Olmo-3-1025-7B", (32, 4096, 11008, 32, 32), 100_278, **_OLMO3),
+    "olmo3-32b": _preset("olmo3", "allenai/Olmo-3-1125-32B", (64, 5120, 27648, 40, 8), 100_278, **_OLMO3),
     "granite3.1-2b": _preset(
         "granite", "ibm-granite/granite-3.1-2b-instruct", (40, 2048, 8192, 32, 8), 49_155, **_GRANITE3,
         rope_theta=5_000_000.0, attention_multiplier=0.015625, logits_scaling=8.0,

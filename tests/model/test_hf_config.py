@@ -234,6 +234,7 @@ def longrope(short):
         ("phi3", {"rope_scaling": {"type": "longrope", "short_factor": [1.0], "long_factor": [1.0]}}, "1 short and 1"),
         ("phi3", {"auto_map": {"AutoModelForCausalLM": "elsewhere.Phi3ForCausalLM"}}, "auto_map"),
         ("olmo2", {"clip_qkv": 8.0}, "clip_qkv = 8.0"),
+        ("olmo3", {"rope_theta": 10_000.0}, "only 500000.0 is supported"),
         ("granite", {"attention_multiplier": "0.1"}, "attention_multiplier is '0.1'"),
         ("granite", {"logits_scaling": 0.0}, "logits_divisor is 0.0"),
     ],

@@ -87,6 +87,10 @@ FAMILIES = {
             "mscale_all_dim": 1.0,
         },
     ),
+    "olmo3": dict(
+        head_dim=4, sliding_window=3, layer_types=["sliding_attention", "full_attention"],
+        rope_scaling={"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 8},
+    ),
 }  # fmt: skip
 
 

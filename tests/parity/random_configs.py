@@ -126,6 +126,14 @@ def _olmo2(rng: np.random.Generator, fields: dict[str, Any]) -> None:
     fields["attention_bias"] = bool(rng.integers(2))
 
 
+def _olmo3(rng: np.random.Generator, fields: dict[str, Any]) -> None:
+    _olmo2(rng, fields)
+    fields |= {"rope_theta": 500_000.0, "sliding_window": _draw_window(rng)}
+    if rng.integers(2):
+        kinds = ["sliding_attention", "full_attention"]
+        fields["layer_types"] = [_pick(rng, kinds) for _ in range(fields["num_hidden_layers"])]
+
+
 def _granite(rng: np.random.Generator, fields: dict[str, Any]) -> None:
     _llama(rng, fields)
     fields |= {
@@ -229,6 +237,7 @@ _FAMILIES = {
     "gemma2": _gemma2,
     "gemma3_text": _gemma3,
     "olmo2": _olmo2,
+    "olmo3": _olmo3,
     "granite": _granite,
     "phi3": _phi3,
     "mixtral": _mixtral,
