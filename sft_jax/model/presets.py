@@ -1,10 +1,12 @@
 """The usual sizes by name, in the words of the config.json that each comes from.
 
 The sources are https://huggingface.co/<source>/blob/main/config.json; tests/model/test_presets.py holds the published
-numbers of parameters. Besides, comments name public copies of a config.json that all of a preset's values were compared
-with. Llama 3.1 8B and 70B, Qwen3, gpt-oss, DeepSeek-V3, and Qwen3-30B-A3B but for its max_position_embeddings, of which
-it has the base's: hf_model_configs.py of https://github.com/AI-Hypercomputer/maxtext. Values of the others beyond the
-sizes are written from memory.
+numbers of parameters. Values beyond the sizes were compared with other projects' tables: sizes, bases, eps, windows,
+scalings, soft-caps and lengths of Llama, Mistral 7B, Mixtral, Qwen2.5, Qwen3, OLMo-2 7B and 13B, Phi-3 mini, Phi-4 and
+Gemma (but for its eps) with litgpt/config.py of https://github.com/Lightning-AI/litgpt at 26857050; Llama 3.1, Qwen3,
+gpt-oss and DeepSeek-V3 with hf_model_configs.py of https://github.com/AI-Hypercomputer/maxtext, but for the length of
+Qwen3-30B-A3B, which is the base's. Comments name what was compared with a copy of the config.json. The rest is written
+from memory: Mistral-Nemo, Gemma 3 270M, Phi-3 medium, OLMo-2 1B and 32B, OLMo-3 and Granite.
 """
 
 import dataclasses
