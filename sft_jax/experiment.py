@@ -6,12 +6,11 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import jax
-import numpy as np
 from etils import epath
 from jax.sharding import AbstractMesh, Mesh
 
 from sft_jax.checkpoint.hf import grow_sources, open_sources, read_config
-from sft_jax.checkpoint.hf_names import EMBEDDING
+from sft_jax.checkpoint.hf_names import EMBEDDING, HEAD
 from sft_jax.checkpoint.param_source import ParamSource
 from sft_jax.checkpoint.reader import CheckpointReader
 from sft_jax.config_schema import Config, MeshConfig
@@ -119,13 +118,35 @@ def place_model(config: Config, renderer: Renderer) -> ModelOnMesh:
     """Check that the model and the batch divide over the mesh.
 
     Raises:
-      ConfigError: they do not, and says which size does; or config.lora names what the model has not.
+      ConfigError: they do not, and says which size does; config.lora names what the model has not; or tokens are new
+        and their rows would never train.
     """
     mesh = build_mesh(config.mesh)
     check_batch_divides(config, mesh)
     placed = ModelOnMesh(config, open_model_config(config, renderer), mesh)
     assert placed.shardings  # made now, so that a wrong size or name is said before anything is read
+    check_new_rows_train(placed, read_model_config(config).vocab_size)
     return placed
+
+
+def check_new_rows_train(placed: ModelOnMesh, num_old: int) -> None:
+    """Raises ConfigError where tokens are new and embedding or head are frozen: the base has `num_old` rows."""
+    config, num_new = placed.config, placed.model.vocab_size - num_old
+    untrained = [path for path in (EMBEDDING.path, HEAD.path) if path in placed.leaves[1]]
+    if not untrained or not (config.data.new_tokens or num_new):
+        return
+    what = (
+        "config.data.new_tokens adds tokens" if config.data.new_tokens else f"the tokenizer has {num_new} more tokens"
+    )
+    frozen = " and ".join(untrained)
+    if config.lora.rank:
+        raise ConfigError(
+            f"config.lora.modules_to_save: leaves out {frozen}, and {what}, whose rows would never train. Add "
+            "embed_tokens, and lm_head where the model has its own."
+        )
+    raise ConfigError(
+        f"config.model.freeze: freezes {frozen}, and {what}, whose rows would never train. Take the pattern out."
+    )
 
 
 def jit_train_step(placed: ModelOnMesh, num_steps: int, num_sources: int) -> jax.stages.Wrapped:
@@ -212,12 +233,13 @@ def check_model(config: Config, model: TransformerConfig, reader: CheckpointRead
         )
 
 
-def export_dtype(config: Config) -> str:
-    """That of the weights in `config.model.path`, so that bfloat16 stays bfloat16; without any, of the parameters."""
+def export_dtypes(config: Config) -> str | dict[str, str]:
+    """That of each parameter in `config.model.path`, by path, so that bfloat16 stays bfloat16; without a folder, the
+    one of all parameters."""
     if not config.model.path:
         return config.model.param_dtype
     stored, _ = read_config(config.model.path)
-    return np.dtype(open_sources(config.model.path, stored)[EMBEDDING.path].dtype).name
+    return {path: source.dtype.name for path, source in open_sources(config.model.path, stored).items()}
 
 
 def refuse_changes(

@@ -27,7 +27,7 @@ from sft_jax.data.rendering import Renderer
 from sft_jax.datatypes import PREEMPTED_EXIT_CODE, ConfigError, NumericError, StorageError
 from sft_jax.experiment import (
     ModelOnMesh,
-    export_dtype,
+    export_dtypes,
     jit_train_step,
     open_evaluators,
     open_renderer,
@@ -160,7 +160,7 @@ def train_and_export(
             renderer.tokenizer,
             template,
             renderer.stop_ids,
-            export_dtype(config),
+            export_dtypes(config),
             model_card=card,
             generation=generation,
         )

@@ -201,7 +201,7 @@ def choose_modules(
     """(modules that get an adapter, modules that train whole), by path.
 
     Raises:
-      ConfigError: a name finds nothing, a module is both, or tokens are new and their rows would never train.
+      ConfigError: a name finds nothing, or a module is both.
     """
     names, lora = module_names(model), config.lora
     of_kernels = {path: called for path, called in names.items() if path in kernels}
@@ -220,11 +220,5 @@ def choose_modules(
         raise ConfigError(
             f"config.lora.{option}: {of_experts} is of experts, whose adapters have no such thing. Leave it out, or "
             "take the experts out of config.lora.targets."
-        )
-    untrained = sorted({"embed", "head"} & names.keys() - set(saved))
-    if config.data.new_tokens and untrained:
-        raise ConfigError(
-            f"config.lora.modules_to_save: leaves out {' and '.join(untrained)}, and config.data.new_tokens adds "
-            "tokens, whose rows would never train. Add embed_tokens, and lm_head where the model has its own."
         )
     return targets, saved

@@ -27,7 +27,7 @@ _MAX_COPIED_BYTES = 2**28
 
 
 class Record(msgspec.Struct, kw_only=True):
-    """`digest` is of the source's weights, `dtypes` of the arrays by path."""
+    """`digest` is of the source's weights, and of the dtype that they were cast to; `dtypes` of the arrays by path."""
 
     source: str
     digest: str
@@ -73,6 +73,8 @@ def open_converted(folder: Folder, shapes: Mapping[str, tuple[int, ...]]) -> dic
             raise StorageError(
                 f"{source} is {list(source.shape)}, and config.json asks for {list(shapes[path])}. Convert it again."
             )
+        if source.dtype.name != record.dtypes[path]:
+            raise StorageError(f"{source} is {source.dtype}, and was converted to {record.dtypes[path]}. Restore it.")
     return sources
 
 
@@ -93,6 +95,8 @@ def convert_folder(
       StorageError: the target holds something else, the source is damaged, or the disk refuses.
     """
     dtypes = {path: np.dtype(dtype or param.dtype) for path, param in sources.items()}
+    if any(kind != sources[path].dtype for path, kind in dtypes.items()):  # other numbers: another base
+        digest = hashlib.sha256(f"{digest} as {dtype}".encode()).hexdigest()
     copied = {name: _read(file_in(source, name)) for name in _names_to_copy(source)}
     record = Record(
         source=os.fspath(source),

@@ -114,8 +114,10 @@ def held_arrays(path: str, source: ParamSource, dtype: str, config: TransformerC
     if dtype not in quantized.FORMATS:
         return {path: HeldArray(source.shape, partial(read_box, source, dtype=dtype))}
     module = path.removesuffix(".kernel")
-    axis = len(source.shape) - len(linears(config)[module].out_dims) - 1
-    blocks = QuantizedSource(source, axis, quantized.block_size(source.shape[axis], module), dtype)
+    kernel = linears(config)[module]
+    axis = len(source.shape) - len(kernel.out_dims) - 1
+    num_stack = axis + 1 - len(kernel.in_dims)
+    blocks = QuantizedSource(source, axis, quantized.block_size(source.shape[axis], module), dtype, num_stack)
     return {f"{module}.{dtype}": blocks.codes(), f"{module}.{quantized.SCALES}": blocks.scales()}
 
 
@@ -204,7 +206,7 @@ def _row_blocks(tensor: TensorInfo) -> Iterator[np.ndarray]:
 
 def digest_weights(folder: Folder) -> str:
     """sha256 of every tensor's name, dtype and shape, and of the bytes at its two ends; of a converted folder, that of
-    its source.
+    its source, and of the dtypes where they are others.
 
     Hashing all bytes would take minutes. Training in full, or merging an adapter, changes whole tensors, of which the
     ends are a sample; a base that differs only in the middle of some, such as in rows of single tokens, is not seen.

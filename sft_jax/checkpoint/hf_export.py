@@ -17,7 +17,7 @@ import msgspec
 import numpy as np
 from jax.experimental import multihost_utils
 
-from sft_jax.checkpoint.hf_names import hf_tensors, tensor_rules
+from sft_jax.checkpoint.hf_names import EMBEDDING, hf_tensors, tensor_rules
 from sft_jax.checkpoint.param_source import ParamSource, boxes, check_finite
 from sft_jax.checkpoint.safetensors_writer import MAX_SHARD_BYTES, TensorSpec, write_json, write_tensors
 from sft_jax.checkpoint.stored_tensor import copy_in_blocks
@@ -42,7 +42,7 @@ def export_pretrained(
     tokenizer: Tokenizer,
     chat_template: str,
     stop_ids: Sequence[int],
-    dtype: str = "float32",
+    dtype: str | Mapping[str, str] = "float32",
     max_shard_bytes: int = MAX_SHARD_BYTES,
     model_card: str = "",
     generation: Mapping[str, Any] | None = None,
@@ -56,7 +56,7 @@ def export_pretrained(
       params: on devices or on disk.
       config: with the vocabulary that `params` have.
       stop_ids: of the tokens that end an assistant turn; generation stops at them, and at the tokenizer's own EOS.
-      dtype: of the stored weights: float32, bfloat16, float16 or float64.
+      dtype: of the stored weights: float32, bfloat16, float16 or float64; or of each parameter, by path.
       model_card: text of README.md; empty: none is written. Asked of process 0 only.
       generation: the fields of the base's `generation_config.json`, by `hf.read_generation_config`: how to sample is
         kept, and the ids that begin and end a text are those that were trained.
@@ -64,19 +64,19 @@ def export_pretrained(
     Raises:
       StorageError: where the target holds files that no export wrote, or the disk refuses.
     """
-    if dtype not in EXPORT_DTYPES:
-        raise ConfigError(f"export: dtype is {dtype!r}; expected one of {', '.join(EXPORT_DTYPES)}.")
+    dtypes = {rule.path: dtype if isinstance(dtype, str) else dtype[rule.path] for rule in tensor_rules(config)}
+    for name in dtypes.values():
+        if name not in EXPORT_DTYPES:
+            raise ConfigError(f"export: dtype is {name!r}; expected one of {', '.join(EXPORT_DTYPES)}.")
+    kinds = {path: dtype_among(path, name) for path, name in dtypes.items()}
     for rule in tensor_rules(config):
         assert params[rule.path].shape == rule.shape(config), f"{rule.path} is {params[rule.path].shape}"
-    specs = [
-        TensorSpec(name, dtype_among(parts[0].path, dtype), parts[0].hf_shape(config))
-        for name, parts, _ in hf_tensors(config)
-    ]
-    tensors = _one_ahead(_make_tensors(params, config, dtype))
+    specs = [TensorSpec(name, kinds[parts[0].path], parts[0].hf_shape(config)) for name, parts, _ in hf_tensors(config)]
+    tensors = _one_ahead(_make_tensors(params, config, kinds))
 
     def fill(partial: Path) -> None:
         write_tensors(partial, specs, tensors, max_shard_bytes)
-        _write_configs(partial, config, tokenizer, stop_ids, dtype, generation or {})
+        _write_configs(partial, config, tokenizer, stop_ids, dtypes[EMBEDDING.path], generation or {})
         tokenizer.save(partial, chat_template)
         if model_card:
             (partial / "README.md").write_text(model_card, encoding="utf-8")
@@ -157,11 +157,11 @@ def _empty_sibling(target: Path, suffix: str) -> Path:
 
 
 def _make_tensors(
-    params: Mapping[str, Array | ParamSource], config: TransformerConfig, dtype: str
+    params: Mapping[str, Array | ParamSource], config: TransformerConfig, kinds: Mapping[str, np.dtype]
 ) -> Iterator[tuple[str, np.ndarray]]:
     """(name, values) of each tensor of the folder, one at a time on the host; those of the vocabulary in pieces."""
     for name, parts, place in hf_tensors(config):
-        kind = dtype_among(parts[0].path, dtype)
+        kind = kinds[parts[0].path]
         # Of embedding and head our rows are theirs, so that not all need be here.
         shape, is_whole = parts[0].hf_shape(config), parts[0].is_stacked or parts[0].dims != parts[0].hf_dims
         num_rows = shape[0] if is_whole else max(1, _PIECE_BYTES // (kind.itemsize * math.prod(shape[1:])))

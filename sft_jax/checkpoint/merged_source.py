@@ -1,10 +1,10 @@
-"""A kernel of the base and its adapter, both on disk -> the plain model's kernel, one layer at a time on the host."""
+"""A kernel of the base and its adapter, both on disk -> the plain model's kernel, one layer, or one expert of a layer,
+at a time on the host."""
 
 from collections.abc import Callable, Mapping
 from functools import partial
 from threading import Lock
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 
@@ -24,7 +24,7 @@ class MergedSource(ParamSource):
         """
         Args:
           kernel: of the base, as it is stored: says the shape.
-          parts: the parameters that the linear map had in training, by name, stacked by layers.
+          parts: the parameters that the linear map had in training, by name, stacked as the kernel is.
           num_stack: how many of the kernel's dims, the first ones, stack it: layers, and experts.
           num_out: how many of the kernel's dims, the last ones, are not summed over.
         """
@@ -34,29 +34,32 @@ class MergedSource(ParamSource):
             if "lora_a" in parts
             else partial(read_kernel, num_out=num_out, dtype="float32")
         )
-        for _ in range(num_stack - 1):  # the experts of a layer
-            self._make = jax.vmap(self._make)
+        self._num_stack = num_stack
         self.shape, self.dtype = kernel.shape, np.dtype(np.float32)
-        self._lock, self._made = Lock(), (-1, np.zeros(()))  # the last layer: it is asked for in pieces
+        self._lock = Lock()
+        self._made: tuple[tuple[int, ...], np.ndarray] = ((), np.zeros(()))  # the last one: it is asked for in pieces
 
     def __str__(self) -> str:
         return str(self._kernel)
 
     def read(self, index: Index, out: np.ndarray) -> None:
-        for row, layer in zip(out, range(index[0].start, index[0].stop), strict=True):
+        stack, rest = index[: self._num_stack], index[self._num_stack :]
+        for offsets in np.ndindex(out.shape[: self._num_stack]):
             with self._lock:
-                merged = self._merge(layer)
-            copy_in_blocks(row, merged[index[1:]])
+                merged = self._merge(tuple(at.start + offset for at, offset in zip(stack, offsets, strict=True)))
+            copy_in_blocks(out[offsets], merged[rest])
         check_finite(out, self)
 
-    def _merge(self, layer: int) -> np.ndarray:
-        if self._made[0] != layer:
-            self._made = (-1, np.zeros(()))  # dropped before the next one is made
-            values = {name: jnp.asarray(_read_layer(part, layer)) for name, part in self._parts.items()}
-            self._made = (layer, np.asarray(self._make(values)))
+    def _merge(self, place: tuple[int, ...]) -> np.ndarray:
+        if self._made[0] != place:
+            self._made = ((), np.zeros(()))  # dropped before the next one is made
+            values = {name: jnp.asarray(_read_at(part, place)) for name, part in self._parts.items()}
+            self._made = (place, np.asarray(self._make(values)))
         return self._made[1]
 
 
-def _read_layer(part: HeldArray, layer: int) -> np.ndarray:
-    rest = (slice(0, size) for size in part.shape[1:])
-    return part.read((slice(layer, layer + 1), *rest))[0]
+def _read_at(part: HeldArray, place: tuple[int, ...]) -> np.ndarray:
+    """What a place of the stack has of it."""
+    stack = (slice(at, at + 1) for at in place)
+    rest = (slice(0, size) for size in part.shape[len(place) :])
+    return part.read((*stack, *rest))[(0,) * len(place)]

@@ -27,6 +27,8 @@ class QuantizedSource:
     axis: int
     block: int
     form: str
+    num_stack: int
+    """How many of the dims, the first ones, stack kernels: layers, and experts. One kernel is encoded at a time."""
 
     def codes(self) -> HeldArray:
         encode = partial(quantized.encode, axis=self.axis, block=self.block, form=self.form)
@@ -45,6 +47,12 @@ class QuantizedSource:
         at = index[self.axis]
         first, last = at.start // per_block, -(-at.stop // per_block)  # a shard may begin inside a block
         kept = (*[slice(None)] * self.axis, slice(at.start - first * per_block, at.stop - first * per_block))
-        whole = (*index[1 : self.axis], slice(first * self.block, last * self.block), *index[self.axis + 1 :])
-        layers = (slice(layer, layer + 1) for layer in range(index[0].start, index[0].stop))
-        return np.concatenate([make(read_box(self.source, (layer, *whole), "float32"))[kept] for layer in layers])
+        stack, before = index[: self.num_stack], index[self.num_stack : self.axis]
+        whole = (*before, slice(first * self.block, last * self.block), *index[self.axis + 1 :])
+        sizes = [at.stop - at.start for at in stack]
+        made = []
+        for offsets in np.ndindex(*sizes):
+            place = (slice(at.start + i, at.start + i + 1) for at, i in zip(stack, offsets, strict=True))
+            made.append(make(read_box(self.source, (*place, *whole), "float32"))[kept])
+        one = made[0].shape[self.num_stack :]
+        return np.concatenate(made).reshape(*sizes, *one)

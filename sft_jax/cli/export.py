@@ -14,7 +14,7 @@ from sft_jax.checkpoint.reader import CheckpointReader
 from sft_jax.command_line import run_command
 from sft_jax.config import from_config_dict
 from sft_jax.datatypes import ConfigError, StorageError
-from sft_jax.experiment import check_model, export_dtype, open_renderer, open_sources_of_step, place_model
+from sft_jax.experiment import check_model, export_dtypes, open_renderer, open_sources_of_step, place_model
 
 
 def main(args: list[str]) -> int:
@@ -69,7 +69,7 @@ def main(args: list[str]) -> int:
         renderer.tokenizer,
         renderer.template.text,
         renderer.stop_ids,
-        options.dtype or export_dtype(config),
+        options.dtype or export_dtypes(config),
         model_card=make_model_card(run_dir, step, options.to, name_base(config.model.path)),
         generation=read_generation_config(config.model.path),
     )

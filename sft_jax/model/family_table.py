@@ -110,6 +110,7 @@ _BLOCK_FP8: dict[str, Any] = {
     "quantized_options": {"activation_scheme": ("dynamic",), "scale_fmt": ("float", "ue8m0")},
 }
 # DeepSeek's folders name the code that came with them, which is never run: transformers' own is the same model.
+_DEEPSEEK_ROUTING = {"scoring_func": "sigmoid", "topk_method": "noaux_tc", "moe_layer_freq": 1}
 _DEEPSEEK_CODE = {
     "AutoConfig": "configuration_deepseek.DeepseekV3Config",
     "AutoModel": "modeling_deepseek.DeepseekV3Model",
@@ -355,9 +356,10 @@ FAMILIES: dict[str, Family] = {
             shared="n_shared_experts",
             placed="after_first",
         ),
-        only={"scoring_func": "sigmoid", "topk_method": "noaux_tc", "moe_layer_freq": 1, "auto_map": _DEEPSEEK_CODE},
+        only=_DEEPSEEK_ROUTING | {"auto_map": _DEEPSEEK_CODE},
         harmless=_ROUTER_LOSSES | {"num_nextn_predict_layers", "ep_size", "aux_loss_alpha", "seq_aux"},
-        written={"num_nextn_predict_layers": 0},
+        # transformers assumes that there is such a layer; vLLM that routing is of another kind.
+        written=_DEEPSEEK_ROUTING | {"num_nextn_predict_layers": 0},
         **_BLOCK_FP8,
     ),
 }

@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -116,6 +117,15 @@ def test_values_keep_their_dtype_unless_told_otherwise(tmp_path: Path, stored: s
     assert set(record["dtypes"].values()) == {expected}
     loaded = load_pretrained(target, TINY_TIED, None, "float32")
     assert_equal(loaded, load_pretrained(source, TINY_TIED, None, "float32"))
+
+
+def test_a_conversion_to_another_dtype_is_another_base(source: Path, tmp_path: Path) -> None:
+    wide, narrow = (convert(source, tmp_path / dtype, f"--dtype={dtype}") for dtype in ("float32", "bfloat16"))
+    assert digest_weights(wide) != digest_weights(narrow)
+    shutil.rmtree(wide / "params")
+    shutil.copytree(narrow / "params", wide / "params")
+    with pytest.raises(StorageError, match="is bfloat16, and was converted to float32"):
+        load_pretrained(wide, TINY, None, "float32")
 
 
 def test_new_rows_are_the_mean_of_the_old_ones(source: Path, tmp_path: Path) -> None:

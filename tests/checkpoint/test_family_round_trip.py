@@ -14,7 +14,9 @@ from llama_folder import write_tokenizer
 
 from sft_jax.checkpoint.hf import load_pretrained, read_config
 from sft_jax.checkpoint.hf_export import export_pretrained
+from sft_jax.config_schema import Config, ModelConfig
 from sft_jax.data.tokenizer import load_tokenizer
+from sft_jax.experiment import export_dtypes
 from sft_jax.model.family_table import FAMILIES
 
 GOLDENS = sorted((Path(__file__).parents[1] / "parity" / "goldens").iterdir())
@@ -60,6 +62,24 @@ def test_import_then_export_is_the_identity(tmp_path: Path, golden: Path, dtype:
         assert found[name].dtype == values.dtype
         assert found[name].tobytes() == values.tobytes(), name
     assert read_config(tmp_path / "export")[0] == config
+
+
+@pytest.mark.parametrize("family", ["gemma2", "deepseek_v3"])
+def test_an_export_keeps_the_dtype_of_each_tensor(tmp_path: Path, family: str) -> None:
+    golden = next(folder for folder in GOLDENS if folder.name == family)
+    expected = write_shards(tmp_path / "base", golden, np.dtype(ml_dtypes.bfloat16), 1)
+    expected |= {name: values.astype(np.float32) for name, values in expected.items() if "norm" in name}
+    safetensors.numpy.save_file(expected, tmp_path / "base/part-0.safetensors", metadata={"format": "pt"})
+    config, _ = read_config(tmp_path / "base")
+    params = load_pretrained(tmp_path / "base", config, None, "float32")
+    tokenizer = load_tokenizer(write_tokenizer(tmp_path / "tokenizer"))
+    dtypes = export_dtypes(Config(model=ModelConfig(path=str(tmp_path / "base"))))
+    export_pretrained(tmp_path / "export", params, config, tokenizer, "template", (2,), dtypes)
+    found = read_tensors(tmp_path / "export")
+    assert {name: (values.dtype, values.tobytes()) for name, values in found.items()} == {
+        name: (values.dtype, values.tobytes()) for name, values in expected.items()
+    }
+    assert json.loads((tmp_path / "export/config.json").read_text())["torch_dtype"] == "bfloat16"
 
 
 def test_every_family_has_a_golden() -> None:

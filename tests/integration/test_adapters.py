@@ -27,6 +27,7 @@ from sft_jax.config_schema import (
     ScheduleConfig,
 )
 from sft_jax.datatypes import ConfigError
+from sft_jax.experiment import check_new_rows_train
 from sft_jax.model.adapter_use import AdapterUse
 from sft_jax.model.families import LayerConfig, TransformerConfig, same_layers
 from sft_jax.model.rope import RopeConfig
@@ -263,8 +264,15 @@ def test_names_that_mean_nothing_are_refused(folder, lora, message):
 def test_new_tokens_need_rows_that_train(folder):
     placed = place(folder)
     config = dataclasses.replace(placed.config, data=DataConfig(new_tokens=("<x>",)))
-    with pytest.raises(ConfigError, match=r"leaves out embed, and config\.data\.new_tokens adds tokens"):
-        _ = dataclasses.replace(placed, config=config).leaves
+    with pytest.raises(ConfigError, match=r"leaves out embed.embedding, and config\.data\.new_tokens adds tokens"):
+        check_new_rows_train(dataclasses.replace(placed, config=config), MODEL.vocab_size)
+    with pytest.raises(ConfigError, match=r"leaves out embed.embedding, and the tokenizer has 2 more tokens"):
+        check_new_rows_train(placed, MODEL.vocab_size - 2)  # the tokenizer's folder has them
+    frozen = dataclasses.replace(config, lora=LoraConfig(), model=ModelConfig(freeze=("embed",)))
+    with pytest.raises(ConfigError, match=r"freeze: freezes embed.embedding, and config\.data\.new_tokens"):
+        check_new_rows_train(dataclasses.replace(placed, config=frozen), MODEL.vocab_size)
+    check_new_rows_train(placed, MODEL.vocab_size)
+    check_new_rows_train(place(folder, modules_to_save=("embed",)), MODEL.vocab_size - 2)
 
 
 @pytest.mark.slow

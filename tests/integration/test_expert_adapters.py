@@ -158,6 +158,28 @@ def test_they_are_merged_on_the_way_to_disk(family, quantize):
         np.testing.assert_allclose(values, merged[path], atol=1e-6, err_msg=path)
 
 
+class WatchedSource(ArraySource):
+    """Keeps the shape of each box that is read."""
+
+    def read(self, index, out):
+        self.boxes = [*getattr(self, "boxes", []), out.shape]
+        super().read(index, out)
+
+
+@pytest.mark.parametrize("quantize", ["none", "nf4"])
+def test_one_expert_is_merged_at_a_time(quantize):
+    placed = place(quantize=quantize)
+    rng = np.random.default_rng(0)
+    kernel = WatchedSource(rng.normal(size=(2, 4, 64, 32)).astype(np.float32))
+    trained = {p: WatchedSource(rng.normal(size=leaf.shape)) for p, leaf in placed.leaves[0].items()}
+    path = "layers.0.0.mlp.experts.up.kernel"
+    base = {f"{module}.kernel": kernel for module in placed.kernels}
+    source = placed.merge_sources(base, trained)[path]
+    read_box(source, tuple(slice(0, size) for size in source.shape), "float32")
+    parts = [kernel, *(trained[f"layers.0.0.mlp.experts.up.lora_{name}"] for name in "ab")]
+    assert {shape[:2] for part in parts for shape in part.boxes} == {(1, 1)}
+
+
 def test_peft_has_no_form_for_them():
     shapes = {path: leaf.shape for path, leaf in place().leaves[0].items()}
     with pytest.raises(ConfigError, match=r"mlp\.experts\.0\.gate_proj.* is of a model with experts"):

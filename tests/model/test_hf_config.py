@@ -96,6 +96,12 @@ def mixture_fields(preset, **changes):
     return to_hf_config(PRESETS[preset], "bfloat16") | changes
 
 
+def test_deepseek_says_how_it_routes():
+    """Where it does not, vLLM takes another kind of routing."""
+    routing = {"scoring_func": "sigmoid", "topk_method": "noaux_tc", "moe_layer_freq": 1}
+    assert routing.items() <= mixture_fields("deepseek-v3").items()
+
+
 @pytest.mark.parametrize(
     ("preset", "changes", "named"),
     [
