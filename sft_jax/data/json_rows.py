@@ -21,6 +21,7 @@ BYTE_ORDER_MARK = b"\xef\xbb\xbf"
 
 _SPACE = b" \t\r\n"
 _decode = msgspec.json.Decoder().decode
+_encode = msgspec.json.Encoder().encode
 
 
 @dataclass(frozen=True, slots=True)
@@ -147,13 +148,14 @@ class TooDeepError(Exception):
 def check_structure(value: Any, text: bytes) -> None:
     """Refuse deep nesting, and equal keys, of which the decoder keeps the last.
 
-    Every key has a colon after it, so a text with as many colons as there are keys in `value` has no key twice. Only
-    where strings hold colons too are those counted that follow a quote or white space, and only where that is not yet
-    an answer are the keys themselves compared, in a second parse.
+    Every key has a colon behind it, which is lost with the key. So no key is there twice where `value`, written anew,
+    has as many colons as the text, none of which is an escape. Elsewhere those are counted that follow a quote or white
+    space, and only where they are not as many as the keys are the keys themselves compared, in a second parse.
     """
-    num_keys = _count_keys(value)
-    if text.count(b":") == num_keys:
+    is_shallow = text.count(b"{") + text.count(b"[") <= MAX_DEPTH
+    if is_shallow and b"\\u003" not in text and _encode(value).count(b":") == text.count(b":"):
         return
+    num_keys = _count_keys(value)
     if sum(text.count(before + b":") for before in (b'"', b" ", b"\t", b"\r", b"\n")) == num_keys:
         return
     json.loads(text, object_pairs_hook=_check_keys, parse_int=str, parse_float=str)  # str: only the keys matter
