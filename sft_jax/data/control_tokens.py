@@ -8,6 +8,7 @@ broken up before the template sees it.
 import re
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from sft_jax.datatypes import DataError
 
@@ -82,10 +83,11 @@ class ControlTokens:
         self.texts: dict[int, str] = {token.id: token.text for token in self.tokens}
         self._longest_first = sorted(self.ids, key=len, reverse=True)
         by_length = sorted(self.tokens, key=lambda token: len(token.text), reverse=True)
-        self._pattern = re.compile("|".join(token.pattern for token in by_length) or NEVER)
         self._bare_pattern = re.compile(_any_of(self._longest_first))
+        pattern = "|".join(token.pattern for token in by_length)
         if not any(token.lstrip or token.rstrip or token.single_word for token in self.tokens):
-            self._pattern = self._bare_pattern  # the same, and faster
+            pattern = self._bare_pattern.pattern  # the same, and faster
+        self._border = re.compile(f"({pattern or NEVER})")
         # A text can only end like the beginning of a token if its last characters have a token's first one, and so on.
         self._first = re.compile(f"[{re.escape(''.join({text[0] for text in self.ids}))}]" if self.ids else NEVER)
         self._last = re.compile(f"[{re.escape(''.join({text[-1] for text in self.ids}))}]" if self.ids else NEVER)
@@ -95,16 +97,9 @@ class ControlTokens:
 
     def split(self, text: str) -> list[int | str]:
         """Cut at control tokens: `"<s>Hi</s>\\n"` -> `[1, "Hi", 2, "\\n"]`. Empty pieces are left out."""
-        parts: list[int | str] = []
-        start = 0
-        for match in self._pattern.finditer(text):
-            if match.start() > start:
-                parts.append(text[start : match.start()])
-            parts.append(self._id_of(match.group()))
-            start = match.end()
-        if start < len(text):
-            parts.append(text[start:])
-        return parts
+        parts: list[Any] = self._border.split(text)  # text and control tokens in turn
+        parts[1::2] = map(self._id_of, parts[1::2])
+        return [part for part in parts if part != ""]
 
     def first_run(self, text: str) -> list[str]:
         """The first control tokens that stand side by side: `"Hi<|a|><|b|>\\n<|c|>"` -> `["<|a|>", "<|b|>"]`."""
@@ -122,7 +117,8 @@ class ControlTokens:
 
     def may_form_in(self, text: str) -> bool:
         """Whether `text` holds a control token, or could form one together with its neighbours."""
-        return self.holds(text) or any(self._open_ends(text.strip()))
+        inner = text.strip()  # templates often trim
+        return bool(self._bare_pattern.search(text)) or self._opens(inner) or self._closes(inner)
 
     def holds(self, text: str) -> bool:
         """Whether a server that parses control tokens in text would find one in `text`."""
@@ -135,7 +131,7 @@ class ControlTokens:
         """
         text = self._bare_pattern.sub(lambda match: hide(match.group()[0]) + match.group()[1:], text)
         inner = text.strip()  # templates often trim
-        opens, closes = self._open_ends(inner)
+        opens, closes = self._opens(inner), self._closes(inner)
         at = len(text) - len(text.lstrip())
         after = text[at + len(inner) :]
         if opens:
@@ -144,12 +140,17 @@ class ControlTokens:
             inner = inner[:-1] + hide(inner[-1])
         return text[:at] + inner + after
 
-    def _open_ends(self, text: str) -> tuple[bool, bool]:
-        """Whether `text` begins like the end of a control token, and ends like the beginning of one."""
-        reach = range(1, min(self._longest, len(text) + 1))
-        opens = self._last.search(text, 0, self._longest) and any(text[:k] in self._tails for k in reach)
-        closes = self._first.search(text, len(text) - self._longest) and any(text[-k:] in self._heads for k in reach)
-        return bool(opens), bool(closes)
+    def _opens(self, text: str) -> bool:
+        """Whether `text` begins like the end of a control token."""
+        if not self._last.search(text, 0, self._longest):
+            return False
+        return any(text[:k] in self._tails for k in range(1, min(self._longest, len(text) + 1)))
+
+    def _closes(self, text: str) -> bool:
+        """Whether `text` ends like the beginning of a control token."""
+        if not self._first.search(text, len(text) - self._longest):
+            return False
+        return any(text[-k:] in self._heads for k in range(1, min(self._longest, len(text) + 1)))
 
 
 def control_token_from_json(fields: dict, token_id: int) -> ControlToken:

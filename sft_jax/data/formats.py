@@ -214,8 +214,11 @@ def read_turns(fields: Mapping[str, Any], format: str, origin: Origin) -> RawTur
 
 def ignored_fields(row: RawRow, format: str, field_map: Mapping[str, str] = _NO_FIELDS) -> Set[str]:
     """The fields that `parse_row` does not read; they are counted in the data report."""
-    reads = FORMATS[format].reads - field_map.keys()
-    return row.fields.keys() - reads - _mapped_fields(row, field_map)
+    unread = row.fields.keys() - FORMATS[format].reads
+    if field_map:
+        unread |= row.fields.keys() & field_map.keys()
+        unread -= _mapped_fields(row, field_map)
+    return unread
 
 
 def map_fields(row: RawRow, field_map: Mapping[str, str]) -> Mapping[str, Any]:

@@ -10,7 +10,7 @@ Accounts of parts add up: those of the chunks of a file, merged in order, are th
 """
 
 from collections import Counter
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass, field, fields
 from typing import Any
 
@@ -78,20 +78,23 @@ class Account:
     ignored_fields: dict[str, int] = field(default_factory=dict)
     """Fields of rows that are not read, with the number of rows that have them."""
 
-    def add_trained(self, fit: FitResult, kept: Counter[str], ignored: Iterable[str]) -> None:
+    def add_trained(self, fit: FitResult, kept: Counter[str], ignored: Collection[str]) -> None:
         """Count a row; `kept`: turns let pass, `ignored`: fields not read."""
         self.rows_trained += 1
         self.turns += fit.turns
         self.examples += len(fit.examples)
         for example in fit.examples:
-            length = len(example)
-            self.tokens += length
             self.supervised_tokens += int(np.count_nonzero(example.loss_weights))
-            _add_counts(self.lengths, {1 << (length - 1).bit_length(): 1})
-        _add_counts(self.rendering, fit.counts)
-        _add_counts(self.kept, kept)
-        for name in sorted(ignored):
-            _add_counts(self.ignored_fields, {name: 1})
+            length = len(example.inputs)
+            self.tokens += length
+            up_to = 1 << (length - 1).bit_length()
+            self.lengths[up_to] = self.lengths.get(up_to, 0) + 1
+        if fit.counts:
+            _add_counts(self.rendering, fit.counts)
+        if kept:
+            _add_counts(self.kept, kept)
+        if ignored:
+            _add_counts(self.ignored_fields, dict.fromkeys(sorted(ignored), 1))
         if fit.is_changed:
             self.rows_shortened += 1
             self.add_lost(fit.lost)
