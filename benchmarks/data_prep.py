@@ -115,7 +115,7 @@ def forget_words(every: int) -> None:
 
     encode, num_texts = Words.encode, itertools.count(1)
 
-    def encode_and_forget(words: Words, text: str) -> np.ndarray:
+    def encode_and_forget(words: Words, text: str) -> bytes:
         if next(num_texts) % every == 0:
             words.clear()
         return encode(words, text)

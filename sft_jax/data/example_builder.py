@@ -1,8 +1,6 @@
 """An example that grows turn by turn: ids and weights appended by one call, so that they cannot part."""
 
-import itertools
-from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
@@ -11,6 +9,8 @@ import numpy as np
 from sft_jax.data.tokenizer import Tokenizer
 from sft_jax.data.turns import Turn
 from sft_jax.datatypes import Origin, TokenizedExample, shift
+
+_ID_BYTES = 4
 
 Parts = list[int | str]
 """A rendered text, cut into control ids and plain text."""
@@ -33,51 +33,52 @@ class RenderedRow(NamedTuple):
     has text that a server which parses control tokens in text would feed differently; `unknown_tokens`: kept."""
 
     examples: list[RenderedExample]
-    counts: Counter[str]
+    counts: Mapping[str, int]
 
 
 @dataclass
 class ExampleBuilder:
     """See the module's text. `leads_to` says whether the next turn may join."""
 
-    ids: list[np.ndarray] = field(default_factory=list)  # int32, part by part
-    weights: list[float] = field(default_factory=list)  # of each part
+    ids: list[bytes] = field(default_factory=list)  # int32, part by part
+    num_ids: int = 0
+    weighted: list[tuple[int, int, float]] = field(default_factory=list)  # ids [start, stop) of a weight above 0
     turns: list[int] = field(default_factory=list)  # numbers of the messages that are supervised
-    spans: list[tuple[int, int]] = field(default_factory=list)  # of each, its parts [start, stop)
-    text: str = ""  # rendered so far, through the last stop token
-    stop: str = ""  # that stop token; empty where the template writes none
-    epilogue: str = ""  # what the template writes after it
-    shares: bool = False  # whether a later prompt that begins with `text` begins with `ids` too
+    spans: list[tuple[int, int]] = field(default_factory=list)  # of each, its ids [start, stop)
+    last: Turn | None = None  # whose `prompt + completion` is the text so far
+    shares: bool = False  # whether a later prompt that begins with that text begins with `ids` too
 
     def leads_to(self, prompt: str) -> bool:
-        return self.shares and prompt.startswith(self.text)
+        return self.shares and self.last is not None and prompt.startswith(self.last.prompt + self.last.completion)
 
     @property
     def stop_at(self) -> int:
-        """Where in `text` the stop token begins."""
-        return len(self.text) - len(self.stop)
+        """Where in the text the last stop token begins; where the template writes none, where the text ends."""
+        return len(self.last.prompt) + len(self.last.completion) - len(self.last.stop) if self.last else 0
 
-    def append(self, ids: Sequence[np.ndarray], weight: float) -> None:
+    def append(self, ids: Sequence[bytes], weight: float) -> None:
+        start = self.num_ids
         self.ids += ids
-        self.weights += [weight] * len(ids)
+        self.num_ids += sum(map(len, ids)) // _ID_BYTES
+        if weight:
+            self.weighted.append((start, self.num_ids, weight))
 
     def end_turn(self, number: int, turn: Turn, num_before: int, shares: bool) -> None:
-        """The ids so far are those of `turn.prompt + turn.completion`; the completion's parts begin at `num_before`."""
+        """The ids so far are those of `turn.prompt + turn.completion`; the completion's begin at `num_before`."""
         self.turns.append(number)
-        self.spans.append((num_before, len(self.ids)))
-        self.text, self.stop, self.epilogue = turn.prompt + turn.completion, turn.stop, turn.epilogue
-        self.shares = shares
+        self.spans.append((num_before, self.num_ids))
+        self.last, self.shares = turn, shares
 
     def finish(self, origin: Origin, averaging: str) -> RenderedExample:
         """`averaging` as in `config.data`: by `example`, the weights of the example sum to 1."""
-        ids = np.concatenate(self.ids)
-        sizes = list(map(len, self.ids))
-        ends = [0, *itertools.accumulate(sizes)]
-        weights = np.array(self.weights, np.float32).repeat(sizes)
+        ids = np.frombuffer(b"".join(self.ids), np.int32)
+        weights = np.zeros(self.num_ids, np.float32)
+        for start, stop, weight in self.weighted:
+            weights[start:stop] = weight
         if averaging == "example":
             weights /= max(weights[1:].sum(dtype=np.float64), np.finfo(np.float32).tiny)  # the first is never a target
         # The id at place k is the target of position k - 1.
-        answers = tuple((max(ends[start] - 1, 0), ends[stop] - 1) for start, stop in self.spans)
+        answers = tuple([(max(start - 1, 0), stop - 1) for start, stop in self.spans])
         return RenderedExample(TokenizedExample(*shift(ids, weights), origin), tuple(self.turns), answers)
 
 
@@ -89,13 +90,13 @@ def join_parts(prompt: Parts, completion: Parts) -> Parts:
 
 
 def split_reasoning(
-    parts: Parts, ids: Sequence[np.ndarray], reasoning: str, opens: str, tokenizer: Tokenizer
-) -> list[tuple[np.ndarray, bool]]:
+    parts: Parts, ids: Sequence[bytes], reasoning: str, opens: str, tokenizer: Tokenizer
+) -> list[tuple[bytes, bool]]:
     """Runs of the ids of a completion, in order, each with whether it is of the reasoning: the text behind the mark
     that opens it, which may stand in the prompt already. A token that straddles the border counts as outside."""
     texts = [tokenizer.control.texts[part] if isinstance(part, int) else part for part in parts]
     is_open, is_found = not any(opens in text for text in texts), False
-    runs: list[tuple[np.ndarray, bool]] = []
+    runs: list[tuple[bytes, bool]] = []
     for part, text, part_ids in zip(parts, texts, ids, strict=True):
         at = -1
         if not is_found and (is_open or opens in text):
@@ -106,7 +107,7 @@ def split_reasoning(
             continue
         is_found = True
         heads = (tokenizer.encode(text[:k], continuation=True) for k in (at, at + len(reasoning)))
-        start, end = (_num_shared(head, part_ids) for head in heads)
+        start, end = (_ID_BYTES * _num_shared(head, np.frombuffer(part_ids, np.int32)) for head in heads)
         runs += ((part_ids[:start], False), (part_ids[start:end], True), (part_ids[end:], False))
     return runs
 

@@ -150,30 +150,26 @@ _NO_WEIGHT = np.zeros(1, np.float32)
 class _Examples:
     """The arrays of a part, as they grow."""
 
-    ids: list[np.ndarray] = field(default_factory=list)
-    loss_weights: list[np.ndarray] = field(default_factory=list)
-    sizes: list[int] = field(default_factory=list)
+    examples: list[TokenizedExample] = field(default_factory=list)
     files: list[int] = field(default_factory=list)
-    lines: list[int] = field(default_factory=list)
-    elements: list[int] = field(default_factory=list)
 
     def append(self, examples: Sequence[TokenizedExample], file: int) -> None:
-        for example in examples:
-            self.ids += (example.inputs, example.targets[-1:])
-            self.loss_weights += (_NO_WEIGHT, example.loss_weights)
-            self.sizes.append(len(example.inputs) + 1)
-            self.files.append(file)
-            self.lines.append(example.origin.line)
-            self.elements.append(example.origin.element)
+        self.examples += examples
+        self.files += [file] * len(examples)
 
     def arrays(self) -> dict[str, Any]:
-        ids, sizes = np.concatenate([np.empty(0, np.int32), *self.ids]), np.array(self.sizes, np.int64)
+        ids, weights = [np.empty(0, np.int32)], [_NO_WEIGHT[:0]]
+        for example in self.examples:
+            ids += (example.inputs, example.targets[-1:])
+            weights += (_NO_WEIGHT, example.loss_weights)
+        all_ids = np.concatenate(ids)
+        sizes = np.array([len(example.inputs) + 1 for example in self.examples], np.int64)
         return {
-            "ids": ids,
-            "loss_weights": np.concatenate([_NO_WEIGHT[:0], *self.loss_weights]),
+            "ids": all_ids,
+            "loss_weights": np.concatenate(weights),
             "sizes": sizes,
             "files": np.array(self.files, np.int32),
-            "lines": np.array(self.lines, np.int64),
-            "elements": np.array(self.elements, np.int32),
-            "hashes": hash_examples(ids, sizes),
+            "lines": np.array([example.origin.line for example in self.examples], np.int64),
+            "elements": np.array([example.origin.element for example in self.examples], np.int32),
+            "hashes": hash_examples(all_ids, sizes),
         }

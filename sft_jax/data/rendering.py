@@ -17,7 +17,6 @@ Control ids come from the template only: look-alikes in content are disguised be
 import dataclasses
 import hashlib
 import json
-from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
@@ -87,7 +86,7 @@ class _Row(NamedTuple):
     """What the rendering of one row shares."""
 
     origin: Origin
-    counts: Counter[str]
+    counts: dict[str, int]
     disguise: Disguise | None = None
     known: KnownTexts | None = None  # where several examples tell the row's history
 
@@ -181,16 +180,16 @@ class Renderer:
             )
         bos_id = tokenizer.token_id(tokenizer.bos_token) if tokenizer.adds_bos else None
         (text_ids,) = tokenizer.encode_each([document.text])
-        row = _Row(document.origin, Counter())
+        row = _Row(document.origin, {})
         self._check_unknown([document.text], [text_ids], row)
         example = ExampleBuilder()
-        bos_ids, eos_ids = np.array([] if bos_id is None else [bos_id], np.int32), np.array([eos_id], np.int32)
-        example.append([bos_ids, text_ids, eos_ids], weight=1.0)
+        bos_ids, eos_ids = tokenizer.encode_each([] if bos_id is None else [bos_id]), tokenizer.encode_each([eos_id])
+        example.append([*bos_ids, text_ids, *eos_ids], weight=1.0)
         return RenderedRow([example.finish(document.origin, self.options.averaging)], row.counts)
 
     def _render_conversation(self, conversation: Conversation) -> RenderedRow:
         weights = self._turn_weights(conversation)
-        counts: Counter[str] = Counter()
+        counts: dict[str, int] = {}
         conversation, num_split = self._split_reasoning(conversation)
         if num_split:
             counts["reasoning_split"] = num_split
@@ -216,8 +215,8 @@ class Renderer:
             self._append_turn(example, _Step(i, turn, weight, prompt_weight, is_last=turn is turns[-1]), row)
             read = i + 1
         for example in examples:
-            if example.epilogue:
-                after_stop = self._split(example.stop + example.epilogue, disguise)
+            if example.last and example.last.epilogue:
+                after_stop = self._split(example.last.stop + example.last.epilogue, disguise)
                 example.append(self.tokenizer.encode_each(after_stop)[1:], weight=0.0)
         if len(examples) > 1:
             counts["expanded"] = len(examples) - 1
@@ -232,8 +231,12 @@ class Renderer:
         if self.options.supervise == "last":
             turns = turns[-1:]
         default = 0.0 if self.options.supervise == "weighted" else 1.0
-        given = ((i, conversation.messages[i].loss_weight) for i in turns)
-        weights = {i: weight for i, own in given if (weight := default if own is None else own) > 0}
+        weights = {}
+        for i in turns:
+            own = conversation.messages[i].loss_weight
+            weight = default if own is None else own
+            if weight > 0:
+                weights[i] = weight
         if not weights:
             what = f"has no turn of a weight above 0, with config.data.supervise = {self.options.supervise!r}"
             raise RowError("nothing_supervised", conversation.origin, f"{what}. Give one a weight, or remove the row.")
@@ -269,7 +272,7 @@ class Renderer:
         self._check_unknown(parts, ids, row)
 
         example.append(prompt_ids[1:] if example.ids else prompt_ids, step.prompt_weight)
-        num_before = len(example.ids)
+        num_before = example.num_ids
         if turn.message.reasoning and not self.options.train_reasoning:
             reasoning = disguise.reveal(turn.message.reasoning) if disguise else turn.message.reasoning
             marks = self.facts.reasoning
@@ -287,7 +290,7 @@ class Renderer:
 
     def _encode_turn(
         self, prompt: Parts, completion: Parts, shares: bool, known: KnownTexts | None
-    ) -> tuple[list[np.ndarray], list[np.ndarray], bool]:
+    ) -> tuple[list[bytes], list[bytes], bool]:
         """Ids of a prompt, ids of a completion as a continuation of it, and whether a later prompt has the same ids.
 
         A later prompt encodes both as one text. Pieces between control tokens are encoded alone, so only the piece in
@@ -302,10 +305,9 @@ class Renderer:
         if shares and prompt and isinstance(completion[0], str):
             if isinstance(prompt[-1], str):
                 joint = encode_each([*prompt[-2:-1], prompt[-1] + completion[0]])[-1]
-                border = len(prompt_ids[-1])
-                shares = np.array_equal(joint[:border], prompt_ids[-1])
+                shares = joint.startswith(prompt_ids[-1])
                 if shares:
-                    ids[0] = joint[border:]
+                    ids[0] = joint[len(prompt_ids[-1]) :]
             else:
                 shares = prompt[-1] not in self.tokenizer.restarting
         return prompt_ids, ids, shares
@@ -316,15 +318,16 @@ class Renderer:
             parts = [disguise.reveal(part) if isinstance(part, str) else part for part in parts]
         return parts
 
-    def _check_unknown(self, parts: Sequence[int | str], ids: list[np.ndarray], row: _Row) -> None:
+    def _check_unknown(self, parts: Sequence[int | str], ids: list[bytes], row: _Row) -> None:
         unk_id = self.tokenizer.unk_id
-        if self.tokenizer.model.expresses_all or not any(unk_id in part_ids for part_ids in ids):
+        if self.tokenizer.model.expresses_all:
             return
         for part, part_ids in zip(parts, ids, strict=True):
-            if not isinstance(part, str) or unk_id not in part_ids:
+            num_unknown = int(np.count_nonzero(np.frombuffer(part_ids, np.int32) == unk_id))
+            if not num_unknown or not isinstance(part, str):
                 continue
             if self.options.unknown_tokens == "keep":
-                row.counts["unknown_tokens"] += int(np.count_nonzero(part_ids == unk_id))
+                row.counts["unknown_tokens"] = row.counts.get("unknown_tokens", 0) + num_unknown
                 continue
             unknown = [c for c in dict.fromkeys(part) if unk_id in self.tokenizer.encode(c, continuation=True)]
             names = ", ".join(f"{c!r} (U+{ord(c):04X})" for c in unknown[:5]) or "a part of it"

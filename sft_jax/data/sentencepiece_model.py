@@ -119,21 +119,21 @@ class SentencePieceModel:
         return i if i < self.num_ids and self.proto.pieces[i].piece == text else None
 
     def encode(self, text: str, *, continuation: bool) -> list[int]:
-        return self.encode_array(text, continuation=continuation).tolist()
+        return np.frombuffer(self.encode_bytes(text, continuation=continuation), np.int32).tolist()
 
-    def encode_array(self, text: str, *, continuation: bool) -> np.ndarray:
+    def encode_bytes(self, text: str, *, continuation: bool) -> bytes:
         """Ids, int32."""
         if not self._changes_text:
             whole = text if continuation or not self.adds_prefix else " " + text
-            return self._words.encode(whole) if self._words is not None else self._encode_continued(whole)
+            return self._words.encode(whole) if self._words is not None else self._encode_continued(whole).tobytes()
         if SENTINEL in text:  # a row's own: encoded in two halves, which the model does not match
             before, after = text.split(SENTINEL, 1)
-            head = self.encode_array(before + SENTINEL[0], continuation=continuation)
-            return np.concatenate([head, self.encode_array(SENTINEL[1:] + after, continuation=True)])
+            head = self.encode_bytes(before + SENTINEL[0], continuation=continuation)
+            return head + self.encode_bytes(SENTINEL[1:] + after, continuation=True)
         if not continuation:
-            return self._processor.encode(text, return_type="numpy")
+            return self._processor.encode(text, return_type="numpy").tobytes()
         ids = self._processor.encode(SENTINEL + text, return_type="numpy")
-        return ids[np.flatnonzero(ids == self._sentinel_id)[0] + 1 :]
+        return ids[np.flatnonzero(ids == self._sentinel_id)[0] + 1 :].tobytes()
 
     def _encode_continued(self, text: str) -> np.ndarray:
         return self._continued.encode(text, return_type="numpy")

@@ -15,8 +15,6 @@ from array import array
 from collections.abc import Callable
 from typing import Any
 
-import numpy as np
-
 _SPACE = "▁"
 _CUT_AT_SPACES = re.compile(r"[ ▁]*[^ ▁]+|[ ▁]+")
 _CUT_AT_NEWLINES_TOO = re.compile(r"\n+|[ ▁]*[^ ▁\n]+|[ ▁]+")
@@ -55,9 +53,9 @@ class Words(dict[str, bytes]):
             self[word] = ids
         return ids
 
-    def encode(self, text: str) -> np.ndarray:
+    def encode(self, text: str) -> bytes:
         """Ids, int32."""
-        return np.frombuffer(b"".join(map(self.__getitem__, self._cut(text))), np.int32)
+        return b"".join(map(self.__getitem__, self._cut(text)))
 
     def _cut(self, text: str) -> list[str]:
         """The words of a text, some of them empty."""

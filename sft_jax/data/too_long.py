@@ -18,8 +18,7 @@ Where a template makes several examples of a row, those that fit stay as they ar
 import bisect
 import dataclasses
 import itertools
-from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -63,7 +62,7 @@ class FitResult(NamedTuple):
     """Whether a policy made them: they are not the rendering as it stands, even if nothing was lost."""
     turns: int
     """Supervised turns in the examples, each through its stop token."""
-    counts: Counter[str]
+    counts: Mapping[str, int]
     """Of the untouched rendering; see `RenderedRow`."""
 
 
@@ -98,16 +97,13 @@ def fit_examples(
     """
     rendered, counts = renderer.render_row(row)
     examples = [one.example for one in rendered]
-    longest = 0
-    for example in examples:
-        longest = max(longest, len(example))
+    longest = num_turns = 0
+    for example, turns, _ in rendered:
         if not np.count_nonzero(example.loss_weights):
-            longest = 0
-            break
-    if not longest:
-        # So every example has a supervised token, hence every row that is not padding, hence every batch.
-        raise RowError("nothing_supervised", row.origin, "has no token to train on. Remove the row.")
-    num_turns = sum(len(one.turns) for one in rendered)
+            # So every example has a supervised token, hence every row that is not padding, hence every batch.
+            raise RowError("nothing_supervised", row.origin, "has no token to train on. Remove the row.")
+        longest = max(longest, len(example))
+        num_turns += len(turns)
     if longest <= max_seq_len:
         return FitResult(examples, _NOTHING_LOST, False, num_turns, counts)
 
