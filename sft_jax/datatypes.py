@@ -61,16 +61,14 @@ class Origin(NamedTuple):
         return f"{self.path}:{self.line}{f'#{self.element}' if self.element else ''}"
 
 
-@dataclass(frozen=True, slots=True)
-class RawRow:
+class RawRow(NamedTuple):
     """One JSON object, as read."""
 
     fields: dict[str, Any]
     origin: Origin
 
 
-@dataclass(frozen=True, slots=True)
-class ToolCall:
+class ToolCall(NamedTuple):
     """A call of a tool by an assistant turn. `arguments` is the object; `arguments_json` is the text of it as the row
     has it, or, where the row has an object, that object in JSON. `id` is empty where the row gives none."""
 
@@ -80,8 +78,7 @@ class ToolCall:
     id: str = ""
 
 
-@dataclass(frozen=True, slots=True)
-class Message:
+class Message(NamedTuple):
     """One turn. `role` is system, user, assistant or tool; the fields that do not belong to the role are empty.
 
     `reasoning` is what an assistant turn thinks before `content`. `name` and `tool_call_id` say which tool a tool
@@ -98,8 +95,7 @@ class Message:
     loss_weight: float | None = None
 
 
-@dataclass(frozen=True, slots=True)
-class Conversation:
+class Conversation(NamedTuple):
     """A demonstration: its assistant turns are trained on. `tools` are the schemas it offers, exactly as the row gives
     them."""
 
@@ -108,8 +104,7 @@ class Conversation:
     tools: tuple[dict[str, Any], ...] = ()
 
 
-@dataclass(frozen=True, slots=True)
-class Document:
+class Document(NamedTuple):
     """Plain text: trained on as a whole, but for the first token (BOS, where there is one), which nothing predicts."""
 
     text: str

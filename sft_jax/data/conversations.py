@@ -9,7 +9,6 @@ outside this grammar is refused, because each repair would train on something th
 of `sft_jax/row_reasons.py`; a policy `keep` lets a row pass as it is described there.
 """
 
-import dataclasses
 from collections import Counter
 from collections.abc import Mapping
 from typing import Any
@@ -154,7 +153,7 @@ def _as_context(message: Message, where: str, check: RowCheck) -> Message:
     """An assistant turn that is not trained on."""
     if message.loss_weight:
         check.allow("weight_on_context", f"{where} is part of the prompt and has a weight above 0")
-    return dataclasses.replace(message, loss_weight=0.0)
+    return message._replace(loss_weight=0.0)
 
 
 def _join_tools(

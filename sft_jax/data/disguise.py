@@ -7,7 +7,6 @@ One character of each look-alike, in any field, is replaced by a private-use cha
 
 import json
 from collections.abc import Callable, Iterator
-from dataclasses import replace
 from typing import Any
 
 from sft_jax.data.control_tokens import ControlTokens
@@ -44,9 +43,9 @@ def disguise_conversation(
     conversation: Conversation, control: ControlTokens, template_text: str
 ) -> tuple[Conversation, Disguise | None]:
     """The conversation to render, and None where nothing in it can be taken for control."""
-    texts = list(texts_of(conversation))
-    if not any(map(control.may_form_in, texts)):
+    if not any(map(control.may_form_in, texts_of(conversation))):
         return conversation, None
+    texts = list(texts_of(conversation))
     # JSON, because templates print objects so, and escapes are then not mistaken for ours.
     disguise = Disguise(template_text + "".join(texts) + json.dumps(texts))
 
@@ -54,7 +53,7 @@ def disguise_conversation(
         return control.disguise(text, disguise.hide)
 
     messages = tuple(_map_message(message, hide) for message in conversation.messages)
-    return replace(conversation, messages=messages, tools=_map_strings(conversation.tools, hide)), disguise
+    return conversation._replace(messages=messages, tools=_map_strings(conversation.tools, hide)), disguise
 
 
 def texts_of(conversation: Conversation) -> Iterator[str]:
@@ -71,7 +70,8 @@ def texts_of(conversation: Conversation) -> Iterator[str]:
             yield from (message.name, message.tool_call_id)
         elif message.name:
             yield message.name
-    yield from strings_in(conversation.tools)
+    if conversation.tools:
+        yield from strings_in(conversation.tools)
 
 
 def _map_message(message: Message, hide: Callable[[str], str]) -> Message:

@@ -18,7 +18,7 @@ import dataclasses
 import hashlib
 import json
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -253,9 +253,9 @@ class Renderer:
             head, opens, rest = message.content.partition(marks.opens)
             reasoning, closes, content = rest.partition(marks.closes)
             if message.role == "assistant" and opens and closes and not head.strip() and not message.reasoning:
-                messages[i] = replace(message, reasoning=reasoning.strip(), content=content.lstrip())
+                messages[i] = message._replace(reasoning=reasoning.strip(), content=content.lstrip())
                 num_split += 1
-        return replace(conversation, messages=tuple(messages)), num_split
+        return conversation._replace(messages=tuple(messages)), num_split
 
     def _append_turn(self, example: ExampleBuilder, step: _Step, row: _Row) -> None:
         """The example grows by a turn and what stands before it."""

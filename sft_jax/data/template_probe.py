@@ -7,7 +7,7 @@ tokenizer does not have.
 
 import contextlib
 import re
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import NamedTuple
 
 from sft_jax.data.template_coverage import TemplateCoverage
@@ -16,7 +16,7 @@ from sft_jax.data.tokenizer import Tokenizer
 from sft_jax.datatypes import ConfigError, Message, ToolCall
 
 _SYSTEM, _USER, _ANSWER = (Message(role, f"Probe {role}.") for role in ("system", "user", "assistant"))
-_THOUGHT = replace(_ANSWER, reasoning="Probe reasoning.")
+_THOUGHT = _ANSWER._replace(reasoning="Probe reasoning.")
 _CALL = ToolCall("probe_tool", {"probe_key": "probe_value"}, '{"probe_key": "probe_value"}', id="probe0001")
 _CALLING = Message("assistant", "", tool_calls=(_CALL,))
 _RESULT = Message("tool", "Probe result.", tool_call_id=_CALL.id, name=_CALL.name)

@@ -16,7 +16,6 @@ Where a template makes several examples of a row, those that fit stay as they ar
 """
 
 import bisect
-import dataclasses
 import itertools
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -199,7 +198,7 @@ class _Part:
         if not any(map(_num_supervised, exchanges)):
             return []
         messages = (*self.head, *(message for exchange in exchanges for message in exchange))
-        return self.renderer.render(dataclasses.replace(self.conversation, messages=messages))
+        return self.renderer.render(self.conversation._replace(messages=messages))
 
 
 def _num_supervised(messages: Sequence[Message]) -> int:
@@ -214,8 +213,8 @@ def _pin_weights(conversation: Conversation, supervise: str) -> Conversation:
     for i, message in enumerate(conversation.messages):
         left_out = (supervise == "last" and i != last) or (supervise == "weighted" and message.loss_weight is None)
         pinned = message.role == "assistant" and left_out
-        messages.append(dataclasses.replace(message, loss_weight=0.0) if pinned else message)
-    return dataclasses.replace(conversation, messages=tuple(messages))
+        messages.append(message._replace(loss_weight=0.0) if pinned else message)
+    return conversation._replace(messages=tuple(messages))
 
 
 def _parts_of(conversation: Conversation, turns: Sequence[Sequence[int]], renderer: Renderer) -> list[_Part]:
@@ -223,16 +222,13 @@ def _parts_of(conversation: Conversation, turns: Sequence[Sequence[int]], render
     if len(turns) == 1:
         return [_Part.of(conversation, renderer)]
     messages = conversation.messages
-    untrained = [
-        dataclasses.replace(message, loss_weight=0.0) if message.role == "assistant" else message
-        for message in messages
-    ]
+    untrained = [message._replace(loss_weight=0.0) if message.role == "assistant" else message for message in messages]
     parts = []
     for own in turns:
         pinned = untrained[: own[-1] + 1]
         for i in own:
             pinned[i] = messages[i]
-        parts.append(_Part.of(dataclasses.replace(conversation, messages=tuple(pinned)), renderer))
+        parts.append(_Part.of(conversation._replace(messages=tuple(pinned)), renderer))
     return parts
 
 

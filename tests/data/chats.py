@@ -1,7 +1,6 @@
 """Conversations for tests of templates: systems, several turns, tools, calls, results and reasoning."""
 
 import itertools
-from dataclasses import replace
 
 from sft_jax.datatypes import Message, ToolCall
 
@@ -58,26 +57,26 @@ def plain_chats():
 def reasoning_chats():
     thought, again = "First I think.\n\nThen <b> & é.", " short "
     for head in ((), (_SYSTEM,)):
-        first, second = replace(_ANSWER, reasoning=thought), replace(_WELCOME, reasoning=again)
+        first, second = _ANSWER._replace(reasoning=thought), _WELCOME._replace(reasoning=again)
         chat = (*head, _USER, first, _THANKS, second)
         yield from (chat, chat[:-1], chat[:-2], (*head, _USER, first, _THANKS, _WELCOME))
-        calling = replace(_CALLING, reasoning=thought)
+        calling = _CALLING._replace(reasoning=thought)
         yield from ((*head, _USER, calling, _RESULT, second), (*head, _USER, calling, _RESULT, _ANSWER, _THANKS))
 
 
 def tool_chats():
     """Pairs of messages and tools."""
-    both = replace(_CALLING, tool_calls=(CALL, OTHER_CALL))
+    both = _CALLING._replace(tool_calls=(CALL, OTHER_CALL))
     other_result = Message("tool", "noon", tool_call_id=OTHER_CALL.id, name=OTHER_CALL.name)
     for head in ((), (_SYSTEM,)):
         once = (*head, _USER, _CALLING, _RESULT, _ANSWER)
         chats = [
             once[: len(head) + 1], once[:-2], once[:-1], once,
             (*once, _THANKS), (*once, _THANKS, _WELCOME), (*once, *once[len(head) :]),
-            (*head, _USER, replace(_CALLING, content="Let me see."), _RESULT, _ANSWER),
+            (*head, _USER, _CALLING._replace(content="Let me see."), _RESULT, _ANSWER),
             (*head, _USER, both, _RESULT, other_result, _ANSWER),
-            (*head, _USER, _CALLING, replace(_RESULT, content="22"), _CALLING,
-             replace(_RESULT, content="1.5"), _ANSWER),
+            (*head, _USER, _CALLING, _RESULT._replace(content="22"), _CALLING,
+             _RESULT._replace(content="1.5"), _ANSWER),
             (*head, _USER, _CALLING, _RESULT, _THANKS, _WELCOME),
         ]  # fmt: skip
         for chat in chats:
@@ -90,7 +89,7 @@ def tool_chats():
 def odd_chats():
     """Orders that many templates refuse."""
     yield from ((_ANSWER,), (_USER, _USER), (_SYSTEM, _ANSWER, _USER), (_USER, _SYSTEM, _ANSWER), (_USER, _RESULT))
-    yield (_USER, replace(_CALLING, tool_calls=(replace(CALL, id=""),)), replace(_RESULT, tool_call_id=""), _ANSWER)
+    yield (_USER, _CALLING._replace(tool_calls=(CALL._replace(id=""),)), _RESULT._replace(tool_call_id=""), _ANSWER)
 
 
 def all_chats():

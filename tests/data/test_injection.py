@@ -1,7 +1,6 @@
 """Content never becomes control: every control token of every tokenizer, as text in every field of a row."""
 
 import json
-from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -143,6 +142,6 @@ def test_reasoning_that_opens_content_is_split_and_counted(tiny_byte_level):
     row = make_row(reasoning="", content="<think>\nR\n</think>\n\nA")
     audited.assert_stays_text(row, "split")
     assert audited.renderer.render_row(row).counts == {"reasoning_split": 1}
-    messages = (*row.messages[:2], replace(row.messages[2], content="A <think>R</think>"), *row.messages[3:])
-    examples = audited.renderer.render(replace(row, messages=messages))
+    messages = (*row.messages[:2], row.messages[2]._replace(content="A <think>R</think>"), *row.messages[3:])
+    examples = audited.renderer.render(row._replace(messages=messages))
     assert len(skeleton(audited, examples[0])) == len(audited.expected) - 2  # in the middle it is text

@@ -1,7 +1,6 @@
 """Which tokens are trained, and how much: turns by weight, reasoning, tool calls, prompts, averaging."""
 
 import json
-from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -142,10 +141,10 @@ def test_reasoning_that_cannot_be_told_apart_is_refused(folder):
 
 def test_turns_by_weight(folder):
     renderer = open_renderer(folder, KEEPING)
-    messages = (TWO.messages[0], replace(TWO.messages[1], loss_weight=0.25), *TWO.messages[2:])
+    messages = (TWO.messages[0], TWO.messages[1]._replace(loss_weight=0.25), *TWO.messages[2:])
     (example,) = renderer.render(row(*messages))
     assert [weight for weight, _ in runs(renderer, example)] == [0, 0.25, 0, 1, 0]
-    (example,) = renderer.render(row(messages[0], replace(messages[1], loss_weight=0.0), *messages[2:]))
+    (example,) = renderer.render(row(messages[0], messages[1]._replace(loss_weight=0.0), *messages[2:]))
     assert [weight for weight, _ in runs(renderer, example)] == [0, 1, 0]
     assert example.ids.tolist() == renderer.render(TWO)[0].ids.tolist()
 
@@ -153,7 +152,7 @@ def test_turns_by_weight(folder):
 @pytest.mark.parametrize(("supervise", "expected"), [("all", 2), ("last", 1), ("weighted", 1)])
 def test_which_turns(folder, supervise, expected):
     renderer = open_renderer(folder, KEEPING, supervise=supervise)
-    messages = (*TWO.messages[:3], replace(TWO.messages[3], loss_weight=1.0))
+    messages = (*TWO.messages[:3], TWO.messages[3]._replace(loss_weight=1.0))
     (example,) = renderer.render(row(*messages))
     assert len(trained(renderer, example)) == expected
     assert trained(renderer, example)[-1].endswith("2.<|im_end|>")
@@ -170,7 +169,7 @@ def test_nothing_supervised_is_a_named_reason(folder):
 def test_an_untrained_turn_needs_no_example(folder):
     """Its history is rewritten, and nobody asks for it."""
     renderer = open_renderer(folder)
-    messages = (TWO.messages[0], replace(TWO.messages[1], loss_weight=0.0), *TWO.messages[2:])
+    messages = (TWO.messages[0], TWO.messages[1]._replace(loss_weight=0.0), *TWO.messages[2:])
     assert len(renderer.render(row(*messages))) == 1
     assert len(renderer.render(TWO)) == 2
 
@@ -194,7 +193,7 @@ def test_prompt_weights(folder):
 def test_an_untrained_answer_is_no_prompt(folder):
     """The row says that it is wrong: no weight of prompts brings it back."""
     renderer = open_renderer(folder, KEEPING, prompt_loss_weight=0.5)
-    messages = (TWO.messages[0], replace(TWO.messages[1], loss_weight=0.0), *TWO.messages[2:])
+    messages = (TWO.messages[0], TWO.messages[1]._replace(loss_weight=0.0), *TWO.messages[2:])
     (example,) = renderer.render(row(*messages))
     assert trained(renderer, example) == ["<think>\n\n</think>\n\n2.<|im_end|>"]
 

@@ -1,8 +1,6 @@
 """Over-long rows under a template that rewrites history: each turn's reasoning is trained once, in an
 example of its own where a question follows. Every token that is lost is counted, and what fits stays as it was."""
 
-import dataclasses
-
 import numpy as np
 import pytest
 from hypothesis import HealthCheck, given, settings
@@ -60,7 +58,7 @@ def num_turns(examples, stop_ids):
 @settings(deadline=None, max_examples=60, suppress_health_check=[HealthCheck.function_scoped_fixture])
 def test_what_is_lost_is_counted(tokenizer, rows, max_seq_len, policy, supervise, averaging):
     messages = [message for row in rows for message in exchange(*row)]
-    messages[-1] = dataclasses.replace(messages[-1], loss_weight=None)
+    messages[-1] = messages[-1]._replace(loss_weight=None)
     conversation = Conversation(tuple(messages), ORIGIN)
     template = load_template("qwen3", tokenizer, {"enable_thinking": True})
     renderer = Renderer(tokenizer, template, RenderOptions(supervise=supervise, averaging=averaging))
