@@ -86,7 +86,8 @@ class SandboxedProgram:
           LimitError: it breaks a limit.
           CompileError: as `variables_read`.
         """
-        frame = {"variables": variables, "messages": messages, "requests": requests}
+        numbered = [(list(numbers), add_generation_prompt) for numbers, add_generation_prompt in requests]
+        frame = {"variables": variables, "messages": messages, "requests": numbered}
         with self._lock:
             process = self._open()
             answer = self._ask(process, frame, self._limits.wall_seconds * max(1, len(requests)))

@@ -83,9 +83,14 @@ class TemplateCoverage:
             words = map(_word, itertools.count())
             shown_tools = [_schema(words, is_full, "function" in tools[0]) for _ in tools[:2]]
             shown = {shape: list(_stand_ins(messages, words, is_full)) for shape, messages in new.items()}
-            requests = [request for own in shown.values() for request in ((own[:-1], True), (own, False))]
+            requests: list[tuple[Sequence[int], bool]] = []
+            start = 0
+            for own in shown.values():
+                stop = start + len(own)
+                requests += ((range(start, stop - 1), True), (range(start, stop), False))
+                start = stop
             try:
-                texts = self._template.render_each(requests, shown_tools)
+                texts = self._template.render_each([*itertools.chain(*shown.values())], requests, shown_tools)
             except TemplateError:
                 continue
             for (shape, own), prompt, whole in zip(shown.items(), texts[::2], texts[1::2], strict=True):

@@ -103,7 +103,7 @@ def probe_template(tokenizer: Tokenizer, template: ChatTemplate, stop_token: str
 def _find_stop(tokenizer: Tokenizer, template: ChatTemplate, stop_token: str) -> StopToken:
     where = f"config.data.chat_template: {template.name}"
     try:
-        prompt, whole = template.render_each([((_USER,), True), ((_USER, _ANSWER), False)])
+        prompt, whole = template.render_each((_USER, _ANSWER), [([0], True), ([0, 1], False)])
     except TemplateError as error:
         raise ConfigError(f"config.data.chat_template: {error.what}. Choose another template.") from error
     _check_markers(tokenizer, template, prompt, whole)

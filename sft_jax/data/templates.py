@@ -144,31 +144,22 @@ class ChatTemplate:
           ConfigError: there is no template.
           TemplateError: the template refuses these messages, or breaks a limit on them.
         """
-        return self.render_each([(messages, add_generation_prompt)], tools)[0]
+        return self.render_each(messages, [(range(len(messages)), add_generation_prompt)], tools)[0]
 
     def render_each(
-        self, requests: Sequence[tuple[Sequence[Message], bool]], tools: Sequence[Mapping[str, Any]] = ()
+        self,
+        messages: Sequence[Message],
+        requests: Sequence[tuple[Sequence[int], bool]],
+        tools: Sequence[Mapping[str, Any]] = (),
     ) -> list[str]:
-        """The texts of several requests (messages, add_generation_prompt), at the price of one where the template runs
-        in another process. Raises what `render` raises."""
+        """The texts of several requests (numbers of messages, add_generation_prompt), at the price of one where the
+        template runs in another process. Raises what `render` raises."""
         if not self.text:
             raise ConfigError(
                 f"config.data.chat_template: is empty, and {self.name} has no chat template of its own. "
                 f"Choose one of {', '.join(BUILTIN_TEMPLATES)}, or name a Jinja file."
             )
-        numbers: dict[int, int] = {}  # of messages, by identity: most stand in several requests
-        shown: list[dict[str, Any]] = []
-        numbered = []
-        for messages, add_generation_prompt in requests:
-            own = []
-            for message in messages:
-                number = numbers.get(id(message))
-                if number is None:
-                    number = numbers[id(message)] = len(shown)
-                    shown.append(self._as_dict(message))
-                own.append(number)
-            numbered.append((own, add_generation_prompt))
-        return self._render_each(shown, numbered, tools)
+        return self._render_each([self._as_dict(message) for message in messages], requests, tools)
 
     def _render_each(
         self,

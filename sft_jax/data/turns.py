@@ -47,10 +47,10 @@ def render_turns(
         what = f"chat template {template.name} writes {', '.join(map(repr, facts.lacking))} around calls of tools"
         hint = "which the tokenizer does not have as single tokens. Add them to config.data.new_tokens, as "
         raise RowError("template", origin, f"{what}, {hint}{facts.lacking!r}, or choose another.")
-    requests: list[tuple[Sequence[Message], bool]] = []
+    requests: list[tuple[Sequence[int], bool]] = []
     for i in turns:
-        requests += ((messages[:i], True), (messages[: i + 1], False))
-    texts = template.render_each(requests, tools)
+        requests += ((range(i), True), (range(i + 1), False))
+    texts = template.render_each(messages, requests, tools)
     what = facts.coverage.what_is_missing(messages, tools, turns)
     if what:
         raise _left_out(template, what, origin)

@@ -204,9 +204,9 @@ def test_a_stand_in_is_rendered_once_for_a_shape(tiny_byte_level):
     rendered = []
     render_each = template.render_each
 
-    def counted(requests, tools):
+    def counted(messages, requests, tools):
         rendered.append(len(requests))
-        return render_each(requests, tools)
+        return render_each(messages, requests, tools)
 
     template.render_each = counted
     for content in ("Hi", "Ho"):

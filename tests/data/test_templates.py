@@ -453,9 +453,9 @@ def test_several_requests_are_the_single_ones(tokenizer):
         template("{{ messages | tojson }}{{ tools | tojson }}"),
     ):
         for messages, tools in tool_chats():
-            requests = [(messages[:i], prompt) for i in range(1, len(messages)) for prompt in (True, False)]
-            singly = [chat_template.render(*request, tools) for request in requests]
-            assert chat_template.render_each(requests, tools) == singly
+            requests = [(range(i), prompt) for i in range(1, len(messages)) for prompt in (True, False)]
+            singly = [chat_template.render(messages[: len(own)], prompt, tools) for own, prompt in requests]
+            assert chat_template.render_each(messages, requests, tools) == singly
 
 
 def test_variables_read(tokenizer):
