@@ -192,7 +192,7 @@ def test_a_finished_run_is_left_alone(uninterrupted):
         ("--config.run.seed=1", "seed: 0 -> 1"),
         ("--config.batch.batch_size=32", "batch_size: 16 -> 32"),
         ("--config.optimizer.name=lion", "config.optimizer.name: adamw -> lion"),
-        ("--config.model.freeze=('embed',)", "config.model.freeze: [] -> ['embed']"),
+        ("--config.model.freeze=('norm',)", "config.model.freeze: [] -> ['norm']"),
         ("--config.schedule.num_steps=20", "asks for 20 steps"),
     ],
 )
@@ -222,13 +222,13 @@ def test_export_of_an_earlier_step(uninterrupted, tmp_path):
 
 def test_frozen_parameters_survive_training_resuming_and_export(world):
     config = world("frozen")
-    args = ["--config.model.freeze=('^embed', 'mlp.(gate|up|down)')", "--config.schedule.name=constant"]
+    args = ["--config.model.freeze=('norm', 'mlp.(gate|up|down)')", "--config.schedule.name=constant"]
     finish(start(config, *args, "--config.schedule.num_steps=7"))
     first = load_file(config.with_suffix("") / "export" / "model.safetensors")
     finish(start(config, *args, "--config.schedule.num_steps=14"))
     last = load_file(config.with_suffix("") / "export" / "model.safetensors")
     for name in first:
-        frozen = "embed" in name or "mlp" in name
+        frozen = "norm" in name or "mlp" in name
         assert np.array_equal(first[name], last[name]) == frozen, name
 
 
