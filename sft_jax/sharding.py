@@ -87,6 +87,17 @@ def build_abstract_mesh(config: MeshConfig, num_devices: int) -> AbstractMesh:
     return AbstractMesh(tuple(sizes.values()), MESH_AXES, axis_types=(AxisType.Auto,) * len(MESH_AXES))
 
 
+def device_coords(mesh: Mesh) -> np.ndarray:
+    """[devices in the mesh's order, slice and place in the torus]."""
+
+    def place(device: Any) -> tuple[int, ...]:
+        if device.platform != "tpu":
+            return (0, device.id)
+        return (getattr(device, "slice_index", 0) or 0, *device.coords)
+
+    return np.array([place(device) for device in mesh.devices.flat])
+
+
 def spec_for(dims: Sequence[str | None]) -> PartitionSpec:
     """Logical dims -> PartitionSpec: `("embed", "mlp")` -> `P("fsdp", "tensor")`."""
     axes = [RULES[dim] for dim in dims]

@@ -23,6 +23,7 @@ from jax.sharding import PartitionSpec as P
 from jax.typing import DTypeLike
 
 from sft_jax.model.families import TransformerConfig
+from sft_jax.model.gradient_sums import gather
 from sft_jax.model.layers import activate
 from sft_jax.model.linear import Linear
 from sft_jax.model.moe_config import MoeConfig
@@ -68,7 +69,7 @@ class Experts(nnx.Module):
         parts = {name: linear.parts(x.dtype) for name, linear in maps.items()}
         scales = {name: linear.lora_scale for name, linear in maps.items()}
         gate = partial(_gate, activation=self.activation, clamp=self.moe.clamp)
-        run = partial(_run_local, gate=gate, lora_scales=scales, axes={} if mesh is None else dict(mesh.shape))
+        run = partial(_run_local, gate=gate, lora_scales=scales, mesh=mesh)
         if mesh is None:
             return run(x, experts, weights, live, parts)
         tokens = spec_for(("batch", "seq"))
@@ -103,13 +104,14 @@ def _run_local(
     parts: Parts,
     gate: Callable[[Array, Array], Array],
     lora_scales: dict[str, float],
-    axes: dict[str, int],
+    mesh: Mesh | AbstractMesh | None,
 ) -> Any:
     """The work of one device: its experts, its hidden dims, all tokens of its batch shard."""
     shape, per_token, dtype = x.shape, experts.shape[-1], x.dtype
-    if axes:
+    axes = {} if mesh is None else dict(mesh.shape)
+    if mesh is not None:
         parts = {
-            name: {part: _whole(w, _DIMS[name][part], axes) for part, w in held.items()} for name, held in parts.items()
+            name: {part: _whole(w, _DIMS[name][part], mesh) for part, w in held.items()} for name, held in parts.items()
         }
         x, experts, weights, live = (_vary(value, ("batch", "seq"), axes) for value in (x, experts, weights, live))
         parts = _bias_once(parts)
@@ -148,11 +150,10 @@ def _gate(gate: Array, up: Array, activation: str, clamp: float | None) -> Array
     return gate * jax.nn.sigmoid(_ALPHA * gate) * (up + 1)
 
 
-def _whole(value: Array, dims: tuple[str | None, ...], axes: dict[str, int]) -> Array:
-    """Gathered along `embed`: the transpose sums the gradient and scatters it back."""
-    if "embed" in dims:
-        value = jax.lax.all_gather(value, RULES["embed"], axis=dims.index("embed"), tiled=True)
-    return _vary(value, dims, axes)
+def _whole(value: Array, dims: tuple[str | None, ...], mesh: Mesh | AbstractMesh) -> Array:
+    """Gathered along `embed`. Varied before, so that of the gradient a part alone is summed over the other axes."""
+    value = _vary(value, dims, dict(mesh.shape))
+    return gather(value, dims.index("embed"), mesh) if "embed" in dims else value
 
 
 def _vary(value: Array, dims: tuple[str | None, ...], axes: dict[str, int]) -> Array:

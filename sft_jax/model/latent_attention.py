@@ -50,16 +50,16 @@ class LatentAttention(nnx.Module):
         self, x: Float[Array, "B L D"], attend: Attend, mesh: Mesh | AbstractMesh | None
     ) -> tuple[Float[Array, "B L D"], Any]:
         """`attend` turns the first `rope_dim` dims of the queries and keys that it is given."""
-        q = self.query(self.query_norm(self.query_down(x)) if hasattr(self, "query_down") else x)
+        q = self.query(self.query_norm(self.query_down(x, mesh)) if hasattr(self, "query_down") else x, mesh)
         q_plain, q_rope = jnp.split(q, [self.latent.plain_dim], axis=-1)
-        latent_BLR, k_rope_BLH = jnp.split(self.kv_down(x), [self.latent.kv_rank], axis=-1)
-        kv = self.kv_up(self.kv_norm(latent_BLR))
+        latent_BLR, k_rope_BLH = jnp.split(self.kv_down(x, mesh), [self.latent.kv_rank], axis=-1)
+        kv = self.kv_up(self.kv_norm(latent_BLR), mesh)
         k_plain, v = jnp.split(kv, [self.latent.plain_dim], axis=-1)
         k_rope = jnp.broadcast_to(k_rope_BLH[:, :, None, :], (*k_plain.shape[:-1], self.latent.rope_dim))
         q, k = (self._join(*parts) for parts in ((q_rope, q_plain), (k_rope, k_plain)))
         q, k, v = (constrain(heads, mesh, "batch", "seq", "heads", None) for heads in (q, k, v))
         mixed, carried = attend(q, k, v)
-        return self.out(mixed), carried
+        return self.out(mixed, mesh), carried
 
     def _join(self, rope: Float[Array, "B L N R"], plain: Float[Array, "B L N P"]) -> Float[Array, "B L N H"]:
         """Those that turn first, in halves: pairs (0, 1), (2, 3) become (0, 2), (1, 3)."""

@@ -74,11 +74,11 @@ class Attention(nnx.Module):
     def __call__(
         self, x: Float[Array, "B L D"], attend: Attend, mesh: Mesh | AbstractMesh | None
     ) -> tuple[Float[Array, "B L D"], Any]:
-        q = constrain(self._norm_heads(self.query_norm, self.query(x)), mesh, "batch", "seq", "heads", None)
-        k = constrain(self._norm_heads(self.key_norm, self.key(x)), mesh, "batch", "seq", "kv_heads", None)
-        v = constrain(self.value(x), mesh, "batch", "seq", "kv_heads", None)
+        q = constrain(self._norm_heads(self.query_norm, self.query(x, mesh)), mesh, "batch", "seq", "heads", None)
+        k = constrain(self._norm_heads(self.key_norm, self.key(x, mesh)), mesh, "batch", "seq", "kv_heads", None)
+        v = constrain(self.value(x, mesh), mesh, "batch", "seq", "kv_heads", None)
         mixed_BLNH, carried = attend(q, k, v, self.sinks[...] if hasattr(self, "sinks") else None)
-        return self.out(mixed_BLNH), carried
+        return self.out(mixed_BLNH, mesh), carried
 
     def _norm_heads(self, norm: RMSNorm | None, x: Float[Array, "B L N H"]) -> Float[Array, "B L N H"]:
         return normed(norm, x.reshape(*x.shape[:2], -1)).reshape(x.shape) if self.norms_all_heads else normed(norm, x)
@@ -100,5 +100,5 @@ class Mlp(nnx.Module):
         self.down = Linear((hidden,), (dim,), std, keys[2], dtype, config.mlp_bias)
 
     def __call__(self, x: Float[Array, "B L D"], mesh: Mesh | AbstractMesh | None) -> Float[Array, "B L D"]:
-        hidden_BLF = activate(self.activation, self.gate(x)) * self.up(x)
-        return self.down(constrain(hidden_BLF, mesh, "batch", "seq", "mlp"))
+        hidden_BLF = activate(self.activation, self.gate(x, mesh)) * self.up(x, mesh)
+        return self.down(constrain(hidden_BLF, mesh, "batch", "seq", "mlp"), mesh)

@@ -41,8 +41,10 @@ from sft_jax.model.adapter_use import AdapterUse, stack_keys
 from sft_jax.model.attention import Rows, Scores, attend, segment_lengths
 from sft_jax.model.decoder_layer import DecoderLayer
 from sft_jax.model.families import LayerConfig, TransformerConfig, list_layers
+from sft_jax.model.gradient_sums import look_up
 from sft_jax.model.layers import Attend, make_norm
 from sft_jax.model.linear import OPTIONAL, Linear
+from sft_jax.model.param_dims import logical_dims
 from sft_jax.model.rope import Rope, RopeConfig, rope_for, rotate
 from sft_jax.model.router import RouterSums, TokenWeights, join_sums
 from sft_jax.sharding import constrain
@@ -85,7 +87,7 @@ class Embedding(nnx.Module):
     ) -> Float[Array, "B L D"]:
         table = constrain(self.embedding[...].astype(dtype), mesh, "vocab", None)
         # An id outside the vocabulary becomes NaN, which the step reports; clamping would train on another token.
-        return constrain(table.at[ids].get(mode="fill", fill_value=jnp.nan), mesh, "batch", "seq", None)
+        return constrain(look_up(table, ids, mesh), mesh, "batch", "seq", None)
 
 
 class Transformer(nnx.Module):
@@ -270,7 +272,7 @@ def _graphdef(config: TransformerConfig, paths: frozenset[str], lora_scale: floa
     model = _abstract(config)
     for path, linear in _linears_of(model).items():
         names = {name for name in OPTIONAL if f"{path}.{name}" in paths}
-        linear.hold(names, lora_scale, lora_dropout)
+        linear.hold(names, logical_dims(f"{path}.kernel")[1:], lora_scale, lora_dropout)
     return nnx.split(model)[0]
 
 

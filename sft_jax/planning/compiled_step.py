@@ -6,7 +6,6 @@ import re
 import time
 
 import jax
-import numpy as np
 from jax.sharding import Mesh
 
 from sft_jax.config_schema import Config
@@ -82,17 +81,6 @@ def needed_hbm_bytes(message: str) -> int | None:
         if match and "RESOURCE_EXHAUSTED" in message:
             return int(float(match[1]) * 1024 ** ("KMGT".index(match[2]) + 1))
     return None
-
-
-def device_coords(mesh: Mesh) -> np.ndarray:
-    """[devices in the mesh's order, slice and place in the torus]."""
-
-    def place(device: jax.Device) -> tuple[int, ...]:
-        if device.platform != "tpu":
-            return (0, device.id)
-        return (getattr(device, "slice_index", 0) or 0, *device.coords)
-
-    return np.array([place(device) for device in mesh.devices.flat])
 
 
 def shard_bytes(tree: object) -> int:

@@ -11,11 +11,12 @@ from etils import epath
 
 from sft_jax.config_schema import Config
 from sft_jax.model.families import num_params, train_flops_per_token
-from sft_jax.planning.compiled_step import CompiledStep, compile_step, device_coords, shard_bytes
+from sft_jax.planning.compiled_step import CompiledStep, compile_step, shard_bytes
 from sft_jax.planning.hlo import parse_program
 from sft_jax.planning.live import Buffer, find_peak
 from sft_jax.planning.roofline import Work, count_work
 from sft_jax.planning.topology import Topology
+from sft_jax.sharding import device_coords
 
 
 @dataclass(frozen=True)

@@ -10,6 +10,11 @@ import pytest
 from sft_jax.cli.main import dispatch
 from sft_jax.command_line import read_config, run_command
 from sft_jax.experiment import jit_train_step, read_model_config
+from sft_jax.model import gradient_sums
+from sft_jax.model.gradient_sums import Torus
+from sft_jax.model.param_dims import logical_dims
+from sft_jax.model.presets import preset_config
+from sft_jax.model.transformer import abstract_params
 from sft_jax.placed_model import ModelOnMesh
 from sft_jax.planning import topology
 from sft_jax.sharding import Batch, abstract_batch, build_mesh
@@ -85,6 +90,20 @@ def test_a_layer_more_is_a_layers_flops_more(folder, capsys):
         flops.append(plan(capsys, "--topology=cpu:1", "--config.batch.batch_size=1")[1]["flops"])
     assert flops[2] - flops[1] == pytest.approx(flops[1] - flops[0])
     assert flops[1] > 1.1 * flops[0]
+
+
+def test_of_a_gradient_no_device_has_or_sends_the_whole_sum(folder, capsys, monkeypatch):
+    """On a torus; that libtpu compiles to the same there takes minutes, and is in docs/scaling.md."""
+    monkeypatch.setattr(gradient_sums, "find_torus", lambda mesh: Torus((2, 4), (True, True)))
+    args = ["--config.mesh.fsdp=8", "--config.model.compute_dtype=float32"]
+    found = plan(capsys, "--topology=cpu:8", *args)[1]
+    sent = dict.fromkeys(("all-reduce", "reduce-scatter", "collective-permute"), 0)
+    sent |= {entry["kind"]: entry["bytes"] for entry in found["collectives"]}
+    shapes = abstract_params(preset_config("testbed", {}), "float32")
+    split = sum(leaf.size for path, leaf in shapes.items() if "embed" in logical_dims(path))
+    split += shapes["embed.embedding"].size  # tied, and has a gradient at either end
+    assert sent["collective-permute"] == split * 4 * 7 / 8
+    assert sent["all-reduce"] + sent["reduce-scatter"] < 0.05 * sent["collective-permute"]
 
 
 def test_what_does_not_fit_is_a_plan_with_status_1(folder, capsys, monkeypatch):

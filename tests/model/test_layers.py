@@ -18,4 +18,4 @@ def test_norm_keeps_its_statistics_in_float32():
 def test_linear_contracts_its_in_dims():
     linear = Linear((2, 3), (4,), 1.0, jax.random.key(0), jnp.float32)
     x = jax.random.normal(jax.random.key(1), (1, 5, 2, 3))
-    np.testing.assert_allclose(linear(x), np.einsum("blnh,nhd->bld", x, linear.kernel[...]), rtol=1e-5)
+    np.testing.assert_allclose(linear(x, None), np.einsum("blnh,nhd->bld", x, linear.kernel[...]), rtol=1e-5)

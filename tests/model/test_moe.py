@@ -10,6 +10,8 @@ import pytest
 
 from sft_jax.config_schema import MeshConfig
 from sft_jax.datatypes import ConfigError
+from sft_jax.model import gradient_sums
+from sft_jax.model.gradient_sums import Torus
 from sft_jax.model.moe import MoeMlp
 from sft_jax.model.moe_config import MoeConfig
 from sft_jax.model.presets import PRESETS
@@ -110,6 +112,13 @@ def test_a_mesh_changes_nothing(name, axes):
     assert (
         relative(run(module, x, tokens, build_mesh(MeshConfig(**({"fsdp": 1} | axes)))), run(module, x, tokens)) < 1e-9
     )
+
+
+def test_sums_that_go_round_a_torus_change_nothing(monkeypatch):
+    monkeypatch.setattr(gradient_sums, "find_torus", lambda mesh: Torus((2, 2), (True, True)))
+    module, (x, tokens) = make_params(VARIANTS["gpt_oss"]), make_inputs()
+    mesh = build_mesh(MeshConfig(fsdp=4, expert=2))
+    assert relative(run(module, x, tokens, mesh), run(module, x, tokens)) < 1e-9
 
 
 @pytest.mark.parametrize("name", ["mixtral", "deepseek_v3"])

@@ -17,7 +17,9 @@ from sft_jax.config_schema import (
     OptimizerConfig,
     ScheduleConfig,
 )
+from sft_jax.model import gradient_sums
 from sft_jax.model.families import LayerConfig, TransformerConfig, same_layers
+from sft_jax.model.gradient_sums import Torus
 from sft_jax.model.param_dims import logical_dims
 from sft_jax.model.rope import RopeConfig
 from sft_jax.model.transformer import abstract_params
@@ -138,6 +140,20 @@ def test_a_mesh_changes_nothing(axes, tie_embeddings, monkeypatch):
     config, batch = make_config(), make_batch()
     mesh = MeshConfig(**({"fsdp": 1} | axes))
     assert_same_update(one_step(config, batch, mesh), reference_step(tie_embeddings=tie_embeddings))
+
+
+@pytest.mark.parametrize(
+    ("axes", "torus"),
+    [
+        ({"fsdp": 8}, Torus((2, 4), (True, True))), ({"fsdp": 4, "tensor": 2}, Torus((4,), (True,))),
+        ({"fsdp": 8}, Torus((2, 2, 2), (False, True, True))),
+    ],
+    ids=str,
+)  # fmt: skip
+def test_sums_that_go_round_a_torus_change_nothing(axes, torus, monkeypatch):
+    reference = reference_step()
+    monkeypatch.setattr(gradient_sums, "find_torus", lambda mesh: torus)
+    assert_same_update(one_step(make_config(), make_batch(), MeshConfig(**axes)), reference)
 
 
 @pytest.mark.parametrize("parts", [2, 4])
