@@ -7,6 +7,8 @@ import dataclasses
 import json
 import math
 import sys
+from collections.abc import Mapping
+from typing import Any
 
 import jax
 from etils import epath
@@ -27,6 +29,7 @@ from sft_jax.data.rendering import Renderer
 from sft_jax.datatypes import PREEMPTED_EXIT_CODE, ConfigError, NumericError, StorageError
 from sft_jax.experiment import (
     ModelOnMesh,
+    Start,
     export_dtypes,
     jit_train_step,
     open_evaluators,
@@ -39,11 +42,29 @@ from sft_jax.experiment import (
     use_compilation_cache,
 )
 from sft_jax.model.families import num_params, train_flops_per_token
-from sft_jax.processes import join_processes
+from sft_jax.model.transformer import Params
+from sft_jax.processes import coordinator, join_processes, leave, process_place
 from sft_jax.provenance import describe_environment
 from sft_jax.training.evaluation import Evaluator
-from sft_jax.training.loop import Preempted, StopSignal, Trainer
+from sft_jax.training.loop import Trainer
 from sft_jax.training.metrics import MetricsWriter, ProgressReporter, StepMeter
+from sft_jax.training.state import TrainState
+from sft_jax.training.stop_signal import Preempted, StopSignal
+
+
+@dataclasses.dataclass(frozen=True)
+class Opened:
+    """What a config names."""
+
+    config: Config
+    renderer: Renderer
+    placed: ModelOnMesh
+    data: PackedDataset
+    evaluators: list[Evaluator]
+
+    @property
+    def run_dir(self) -> epath.Path:
+        return epath.Path(self.config.run.dir).expanduser()
 
 
 def run(config: Config, console: Console | None = None) -> epath.Path:
@@ -56,52 +77,45 @@ def run(config: Config, console: Console | None = None) -> epath.Path:
       SftError: of the kind whose exit status datatypes.py gives.
       Preempted: told to stop; saved.
     """
-    console = console or Console()
-    if config.run.distributed:
-        join_processes()
-    stop_signal = StopSignal()
-    use_compilation_cache(config)
-    renderer = open_renderer(config)
-    placed = place_model(config, renderer)
-    data = open_train_data(config, renderer)
-    evaluators = open_evaluators(placed, renderer)
+    with StopSignal() as stop_signal:
+        if config.run.distributed:
+            join_processes()
+        console = console or Console(quiet=process_place()[0] > 0)
+        use_compilation_cache(config)
+        renderer = open_renderer(config)
+        placed = place_model(config, renderer)
+        data = open_train_data(config, renderer)
+        opened = Opened(config, renderer, placed, data, open_evaluators(placed, renderer))
+        if config.checkpoint.export:
+            check_export_target(opened.run_dir / "export")
+        make_run_dir(opened.run_dir)
+        generation, base_name = read_generation_config(config.model.path), name_base(config.model.path)
+        with open_manager(opened) as manager:
+            state, frozen = train(opened, manager, console, stop_signal)
+            if config.checkpoint.export:
+                export(opened, manager, console, state, frozen, generation, base_name)
+        return opened.run_dir
 
-    run_dir = epath.Path(config.run.dir).expanduser()
-    if config.checkpoint.export:
-        check_export_target(run_dir / "export")
-    make_run_dir(run_dir)
-    with open_manager(config, placed, data) as manager:
-        return train_and_export(config, console, stop_signal, renderer, placed, data, evaluators, manager)
 
-
-def open_manager(config: Config, placed: ModelOnMesh, data: PackedDataset) -> CheckpointManager:
-    checkpoint = config.checkpoint
+def open_manager(opened: Opened) -> CheckpointManager:
+    checkpoint = opened.config.checkpoint
     return CheckpointManager(
-        epath.Path(config.run.dir).expanduser(),
+        opened.run_dir,
         Retention(checkpoint.keep_latest, checkpoint.keep_every, bool(checkpoint.best_by)),
-        config_digest=config.digest(),
-        data_fingerprint=digest_json(data.fingerprint_fields),
-        mesh=placed.mesh.shape,
-        allow_fresh=config.run.allow_fresh,
+        config_digest=opened.config.digest(),
+        data_fingerprint=digest_json(opened.data.fingerprint_fields),
+        mesh=opened.placed.mesh.shape,
+        allow_fresh=opened.config.run.allow_fresh,
     )
 
 
-def train_and_export(
-    config: Config,
-    console: Console,
-    stop_signal: StopSignal,
-    renderer: Renderer,
-    placed: ModelOnMesh,
-    data: PackedDataset,
-    evaluators: list[Evaluator],
-    manager: CheckpointManager,
-) -> epath.Path:
-    """`run`, as the only trainer in the run directory."""
-    run_dir = epath.Path(config.run.dir).expanduser()
+def train(
+    opened: Opened, manager: CheckpointManager, console: Console, stop_signal: StopSignal
+) -> tuple[TrainState, Params]:
+    """As the only trainer in the run directory. Returns the state after the last step, and the frozen parameters."""
+    config, placed, data, run_dir = opened.config, opened.placed, opened.data, opened.run_dir
     start = open_start(placed, manager, data)
-    frozen, stopping = start.frozen, start.stopping
-    generation, base_name = read_generation_config(config.model.path), name_base(config.model.path)
-    step = int(start.state.step)
+    step, stopping = int(start.state.step), start.stopping
     if step > data.num_steps:
         raise ConfigError(
             f"config.schedule: asks for {data.num_steps} steps, and {run_dir} has already done {step}. "
@@ -110,14 +124,8 @@ def train_and_export(
     manager.check_space(placed.abstract_state, data.num_steps)
     if jax.process_index() == 0:  # only now: a refused resume must not rewrite what the run was made from
         write_run_files(run_dir, config, data)
-        describe_run(console, placed, data, renderer)
-        if step:
-            console.print(f"{'resumed':12}at step {step:,} of {data.num_steps:,}", highlight=False)
-        for line in start.passed_over:
-            console.print(f"{'passed over':12}{line}", style="yellow", soft_wrap=True, highlight=False)
-        for override in start.overrides:
-            changes = "; ".join(override["changes"])
-            console.print(f"{'overridden':12}at step {override['step']:,}: {changes}", soft_wrap=True, highlight=False)
+        describe_run(console, placed, data, opened.renderer)
+        describe_start(console, start, data.num_steps)
     writer = MetricsWriter(run_dir, step, config.log.tensorboard)
     progress = ProgressReporter(console, data.num_steps, step)
     trainer = Trainer(
@@ -126,7 +134,7 @@ def train_and_export(
         num_steps=data.num_steps,
         train_step=jit_train_step(placed, data.num_steps, len(data.source_names)),
         batches=place_batches(data, placed.mesh, config.batch.batch_size),
-        evaluators=evaluators,
+        evaluators=opened.evaluators,
         manager=manager,
         meta={"data": data.fingerprint_fields, "model": placed.identity, "overrides": list(start.overrides)},
         meter=StepMeter(data.source_names, train_flops_per_token(placed.model, config.data.max_seq_len)),
@@ -135,44 +143,60 @@ def train_and_export(
         stop_signal=stop_signal,
     )
     try:
-        state = trainer.train(start.state, frozen, stopping)
+        state = trainer.train(start.state, start.frozen, stopping)
     finally:
         progress.close()
         writer.close()
     if int(state.num_updates) == 0:
         raise NumericError(f"config.run.dir: {run_dir}: every step was skipped as non-finite; nothing was trained.")
-    if stopping.stopped and jax.process_index() == 0:
+    if stopping.stopped:
         console.print(
             f"stopped early at step {int(state.step)}: {config.evaluation.stop_by} has had no better loss for "
             f"{stopping.evaluations_since_best} evaluations. The last step is exported; sft-jax export takes others.",
             soft_wrap=True,
         )
-    if config.checkpoint.export:
-        params, template = {**state.params, **frozen}, renderer.template.text
-        if config.lora.rank:  # from disk: a merged model beside this one would want its memory twice
-            _, params = open_sources_of_step(config, renderer, manager, int(state.step))
-        export = run_dir / "export"
-        card = make_model_card(run_dir, int(state.step), export, base_name) if jax.process_index() == 0 else ""
-        export_pretrained(
-            export,
-            params,
-            placed.model,
-            renderer.tokenizer,
-            template,
-            renderer.stop_ids,
-            export_dtypes(config),
-            model_card=card,
-            generation=generation,
-        )
-        console.print(f"exported to {export}", soft_wrap=True)
-        if config.lora.rank:
-            try:
-                kept = config.model.param_dtype
-                export_adapter(run_dir / "adapter", state.params, placed.model, config.lora, config.model.path, kept)
-                console.print(f"adapter alone in {run_dir / 'adapter'}", soft_wrap=True)
-            except ConfigError as error:  # PEFT has no form for it, and the merged model is there
-                console.print(f"no adapter folder: {error}", soft_wrap=True)
-    return run_dir
+    return state, start.frozen
+
+
+def export(
+    opened: Opened,
+    manager: CheckpointManager,
+    console: Console,
+    state: TrainState,
+    frozen: Params,
+    generation: Mapping[str, Any],
+    base_name: str,
+) -> None:
+    """The run's last step as a Hugging Face folder, and its adapter alone where it has one.
+
+    Args:
+      generation: the base's generation_config.json, and `base_name` its name, as they were when the run began.
+    """
+    config, model, renderer, run_dir = opened.config, opened.placed.model, opened.renderer, opened.run_dir
+    params: Mapping[str, Any] = {**state.params, **frozen}
+    if config.lora.rank:  # from disk: a merged model beside this one would want its memory twice
+        _, params = open_sources_of_step(config, renderer, manager, int(state.step))
+    target = run_dir / "export"
+    card = make_model_card(run_dir, int(state.step), target, base_name) if jax.process_index() == 0 else ""
+    export_pretrained(
+        target,
+        params,
+        model,
+        renderer.tokenizer,
+        renderer.template.text,
+        renderer.stop_ids,
+        export_dtypes(config),
+        model_card=card,
+        generation=generation,
+    )
+    console.print(f"exported to {target}", soft_wrap=True)
+    if config.lora.rank:
+        try:
+            kept = config.model.param_dtype
+            export_adapter(run_dir / "adapter", state.params, model, config.lora, config.model.path, kept)
+            console.print(f"adapter alone in {run_dir / 'adapter'}", soft_wrap=True)
+        except ConfigError as error:  # PEFT has no form for it, and the merged model is there
+            console.print(f"no adapter folder: {error}", soft_wrap=True)
 
 
 def make_run_dir(run_dir: epath.Path) -> None:
@@ -216,6 +240,17 @@ def describe_run(console: Console, placed: ModelOnMesh, data: PackedDataset, ren
     console.print(preview_row(data.row(0), renderer.tokenizer), soft_wrap=True)
 
 
+def describe_start(console: Console, start: Start, num_steps: int) -> None:
+    """Where the run goes on, and what it has passed over or let through."""
+    if step := int(start.state.step):
+        console.print(f"{'resumed':12}at step {step:,} of {num_steps:,}", highlight=False)
+    for line in start.passed_over:
+        console.print(f"{'passed over':12}{line}", style="yellow", soft_wrap=True, highlight=False)
+    for override in start.overrides:
+        changes = "; ".join(override["changes"])
+        console.print(f"{'overridden':12}at step {override['step']:,}: {changes}", soft_wrap=True, highlight=False)
+
+
 def main(args: list[str]) -> int:
     """The command `python -m sft_jax.main`."""
     parser = config_parser("python -m sft_jax.main", "Fine-tune.", "python -m sft_jax.main --config=configs/demo.py")
@@ -232,6 +267,8 @@ def main(args: list[str]) -> int:
         run(config)
     except Preempted as stop:
         print(f"preempted: {stop}", file=sys.stderr)
+        if coordinator() is not None:
+            leave(PREEMPTED_EXIT_CODE)
         return PREEMPTED_EXIT_CODE
     return 0
 

@@ -10,10 +10,10 @@ from typing import Any, TypeVar
 
 import jax
 import msgspec
-from jax._src import distributed  # no public name gives the client; tested with two processes
 
 from sft_jax import datatypes
 from sft_jax.datatypes import SftError, StorageError
+from sft_jax.processes import coordinator
 
 TIMEOUT_SECONDS = 600.0
 _Result = TypeVar("_Result")
@@ -66,17 +66,13 @@ def gather(what: str, value: Any) -> list[Any]:
     return [value, *(msgspec.json.decode(_get(f"{key}/{index}", index, what)) for index in others)]
 
 
-def _client() -> Any:
-    return distributed.global_state.client
-
-
 def _set(key: str, value: Any) -> None:
-    _client().key_value_set(key, msgspec.json.encode(value).decode())
+    coordinator().key_value_set(key, msgspec.json.encode(value).decode())
 
 
 def _get(key: str, owner: int, what: str) -> str:
     try:
-        return _client().blocking_key_value_get(key, int(TIMEOUT_SECONDS * 1000))
+        return coordinator().blocking_key_value_get(key, int(TIMEOUT_SECONDS * 1000))
     except jax.errors.JaxRuntimeError as error:
         raise StorageError(
             f"process {jax.process_index()}: process {owner} has not said {what} within {TIMEOUT_SECONDS:.0f} s "

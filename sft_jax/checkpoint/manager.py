@@ -19,18 +19,26 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import msgspec
 import orbax.checkpoint as ocp
 from etils import epath
 from jax.sharding import Mesh
 
 from sft_jax.checkpoint.agreement import decide
-from sft_jax.checkpoint.manifest import Manifest, write_manifest
+from sft_jax.checkpoint.manifest import FILE, Manifest, read_manifest, seal, write_manifest
 from sft_jax.checkpoint.reader import CheckpointReader, open_orbax
 from sft_jax.checkpoint.restorable import Found, find_restorable
 from sft_jax.checkpoint.retention import Retention
 from sft_jax.checkpoint.run_lock import RunLock
 from sft_jax.checkpoint.step_folders import RunRecord
-from sft_jax.checkpoint.storage import NUM_RETRIES, backoff_seconds, check_free_space, describe_error, is_transient
+from sft_jax.checkpoint.storage import (
+    NUM_RETRIES,
+    backoff_seconds,
+    check_free_space,
+    describe_error,
+    is_transient,
+    write_whole,
+)
 from sft_jax.datatypes import NumericError, StorageError
 from sft_jax.sharding import replicated
 
@@ -130,6 +138,8 @@ class CheckpointManager(CheckpointReader):
         """
         self._collect(wait=True)
         if step == self._last_saved:
+            if best_loss is not None and jax.process_index() == 0:
+                self._mark_best(step, best_loss)
             return
         check_finite(step, state)
         self._retry_at = 0.0
@@ -214,6 +224,17 @@ class CheckpointManager(CheckpointReader):
         folders.finish(step)
         for old in self.retention.superfluous(folders.scan(manifest.run_id).saved):
             folders.remove_step(old)
+
+    def _mark_best(self, step: int, best_loss: float) -> None:
+        """Of a step that was saved before it was evaluated, because the run was told to stop. Its files stay."""
+        folder = self.folders.path(step)
+        try:
+            manifest = msgspec.structs.replace(read_manifest(folder), best_loss=best_loss)
+            write_whole(folder / FILE, seal(manifest))
+        except OSError as error:
+            raise StorageError(
+                f"{folder / FILE}: cannot be written: {error}. Run the same command to go on."
+            ) from error
 
     def _collect(self, wait: bool) -> None:
         """Take note of how the last save went, if it is over."""

@@ -32,7 +32,7 @@ from sft_jax.testbed.evaluation import (
 )
 from sft_jax.testbed.make import TESTBED_DIR, make_testbed
 from sft_jax.testbed.report import print_report
-from sft_jax.training.loop import Preempted
+from sft_jax.training.stop_signal import Preempted
 
 DEMO_CONFIG = Path(sft_jax.__file__).parents[1] / "configs" / "demo.py"
 DEMO_RUN_DIR = "runs/demo"

@@ -18,6 +18,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from sft_jax.data.child import start_child
 from sft_jax.data.jinja_program import LENGTH_BYTES
 
 _PROGRAM = str(Path(__file__).with_name("jinja_program.py"))
@@ -146,14 +147,8 @@ class _Process:
 
     def __init__(self) -> None:
         self.owner = os.getpid()
-        # A session of its own: Ctrl-C at the terminal is for us to handle. -P: no module beside the program is found.
-        self._popen = subprocess.Popen(
-            [sys.executable, "-P", _PROGRAM],
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            bufsize=0,
-            start_new_session=True,
-        )
+        # -P: no module beside the program is found.
+        self._popen = start_child([sys.executable, "-P", _PROGRAM], bufsize=0, start_new_session=True)
         stdin, stdout = self._popen.stdin, self._popen.stdout
         assert stdin is not None
         assert stdout is not None

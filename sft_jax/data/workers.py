@@ -18,14 +18,12 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import suppress
 from typing import Any, BinaryIO
 
+from sft_jax.data.child import start_child
 from sft_jax.data.preparation import Recipe, Task, make_part
 from sft_jax.data.rendering import Renderer
 from sft_jax.datatypes import DataError, SftError
 
-_BOOT = (
-    "import signal; [signal.signal(s, signal.SIG_IGN) for s in (signal.SIGINT, signal.SIGTERM)]; import sys, json; "
-    "sys.path[:] = json.loads(sys.argv[1]); from sft_jax.data.workers import work; work()"
-)
+_BOOT = "import sys, json; sys.path[:] = json.loads(sys.argv[1]); from sft_jax.data.workers import work; work()"
 
 
 def make_parts_together(tasks: Iterable[Task], count: int, recipe: Recipe, renderer: Renderer) -> None:
@@ -91,7 +89,7 @@ class _Pool:
             assert not self._closed
             command = [sys.executable, "-c", _BOOT, json.dumps(sys.path)]
             env = os.environ | {"JAX_PLATFORMS": "cpu", "TOKENIZERS_PARALLELISM": "false"}
-            process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, env=env)
+            process = start_child(command, env=env)
             self._all.append(process)
         assert process.stdin is not None
         process.stdin.write(self._recipe)

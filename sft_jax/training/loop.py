@@ -4,14 +4,11 @@ The host runs one step ahead: it reads the metrics of step n after it has dispat
 """
 
 import dataclasses
-import signal
-import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import jax
 from etils import epath
-from jax.experimental import multihost_utils
 
 from sft_jax.checkpoint.manager import CheckpointManager
 from sft_jax.config_schema import Config
@@ -22,28 +19,7 @@ from sft_jax.training.evaluation import Evaluator, evaluate_all
 from sft_jax.training.metrics import MetricsWriter, ProgressReporter, Record, StepMeter
 from sft_jax.training.state import TrainState
 from sft_jax.training.step import StepFn
-
-
-class Preempted(Exception):
-    """The run was told to stop; its last finished step is saved."""
-
-
-class StopSignal:
-    """Remembers SIGTERM, from construction on. Every process of a run answers `requested` alike."""
-
-    def __init__(self) -> None:
-        self._received = False
-        # With several processes jax's own service listens for SIGTERM and agrees on a step; a handler would hide it.
-        if jax.process_count() == 1 and threading.current_thread() is threading.main_thread():
-            signal.signal(signal.SIGTERM, self._receive)
-
-    def _receive(self, *_: Any) -> None:
-        self._received = True
-
-    def requested(self, step: int) -> bool:
-        if jax.process_count() > 1:
-            return multihost_utils.reached_preemption_sync_point(step)
-        return self._received
+from sft_jax.training.stop_signal import Interrupted, Preempted, StopSignal
 
 
 @dataclasses.dataclass
@@ -54,6 +30,8 @@ class EarlyStopping:
     best_stop_loss: float = float("inf")
     evaluations_since_best: int = 0
     stopped: bool = False
+    last_evaluation: int = -1
+    """Its step: an evaluation that a stop has broken off is made when the run goes on."""
 
     def to_json(self) -> dict[str, Any]:
         """JSON has no infinity: a loss that was never seen is null."""
@@ -116,39 +94,49 @@ class Trainer:
           StorageError: a checkpoint could not be written.
         """
         step = first = int(state.step)
-        if step == 0:
-            self._evaluate(step, state, frozen, stopping)
-        batches = self.batches(step)
-        profile = ProfileWindow(self.config.log.profile_steps, self.run_dir / "profile")
         pending: Mapping[str, Any] | None = None
-        self.meter.restart_clock()
-        while step < self.num_steps and not stopping.stopped:
-            if self.stop_signal.requested(step):
+        profile = ProfileWindow(self.config.log.profile_steps, self.run_dir / "profile")
+        try:
+            is_due = step == 0 or (self._evaluates_after(step) and stopping.last_evaluation < step)
+            if is_due and self._evaluate(step, state, frozen, stopping):
+                self._save(step, state, stopping, is_best=True)
+            batches = self.batches(step)
+            self.meter.restart_clock()
+            while step < self.num_steps and not stopping.stopped:
+                self.stop_signal.check()
+                profile.before(step + 1)
+                with self.stop_signal.waiting():
+                    batch = next(batches)
+                state, metrics = self.train_step(state, frozen, batch)
+                self.stop_signal.begin_training()
+                step += 1
+                profile.after(step, metrics)
                 if pending is not None:
+                    self._report(step - 1, pending)
+                pending = metrics
+                if self._evaluates_after(step) or self._saves_after(step):
                     self._report(step, pending)
-                if step > first:
-                    self._save_now(step, state, stopping)
-                self.manager.wait()
-                raise Preempted(f"stopped at step {step} of {self.num_steps}, saved. Run the same command to go on.")
-            profile.before(step + 1)
-            state, metrics = self.train_step(state, frozen, next(batches))
-            step += 1
-            profile.after(step, metrics)
+                    pending = None
+                    is_best = self._evaluates_after(step) and self._evaluate(step, state, frozen, stopping)
+                    if is_best or stopping.stopped or self._saves_after(step):
+                        self._save(step, state, stopping, is_best)
+                    self.meter.restart_clock()
+                elif self.manager.poll():
+                    self._save(step, state, stopping)
+        except Interrupted:
             if pending is not None:
-                self._report(step - 1, pending)
-            pending = metrics
-            if self._evaluates_after(step) or self._saves_after(step):
                 self._report(step, pending)
-                pending = None
-                is_best = self._evaluates_after(step) and self._evaluate(step, state, frozen, stopping)
-                if is_best or stopping.stopped or self._saves_after(step):
-                    self._save(step, state, stopping, is_best)
-                self.meter.restart_clock()
-            elif self.manager.poll():
-                self._save(step, state, stopping)
-        profile.close()
+            if step > first:
+                self._save_now(step, state, stopping)
+            self.manager.wait()
+            raise Preempted(
+                f"stopped at step {step} of {self.num_steps}, saved. Run the same command to go on."
+            ) from None
+        finally:
+            profile.close()
         if step > first:
             self._save_now(step, state, stopping)
+        self.stop_signal.end_training()
         return state
 
     def _evaluates_after(self, step: int) -> bool:
@@ -179,7 +167,9 @@ class Trainer:
 
     def _evaluate(self, step: int, state: TrainState, frozen: Params, stopping: EarlyStopping) -> bool:
         """Log every held-out set; True if the set of `checkpoint.best_by` has its lowest loss so far."""
-        record: Record = evaluate_all(self.evaluators, state.params, frozen)
+        with self.stop_signal.waiting():
+            record: Record = evaluate_all(self.evaluators, state.params, frozen, self.stop_signal.check)
+        stopping.last_evaluation = step
         if not record:
             return False
         self.writer.write(step, record)

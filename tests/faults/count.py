@@ -11,10 +11,13 @@ import sys
 import tempfile
 import time
 from pathlib import Path
+from typing import Any
 
 os.environ["JAX_PLATFORMS"] = "cpu"
 os.environ["XLA_FLAGS"] = "--xla_force_host_platform_device_count=8"
 from rows import ROWS, Lab
+from stop_rows import STOP_ROWS
+from training import TrainingLab
 
 RESULTS = Path(__file__).with_name("results.jsonl")
 SEED = 6
@@ -31,13 +34,14 @@ def count_trials(row: str) -> tuple[int, int]:
 def main(row: str, wanted: int) -> None:
     commit = subprocess.run(["git", "describe", "--always", "--dirty"], capture_output=True, text=True).stdout.strip()
     first, _ = count_trials(row)
+    all_rows: dict[str, Any] = {**ROWS, **STOP_ROWS}
     with tempfile.TemporaryDirectory() as scratch:
-        lab = Lab(Path(scratch), SEED)
+        lab: Any = Lab(Path(scratch), SEED) if row in ROWS else TrainingLab(Path(scratch), SEED)
         try:
             while first < wanted:
                 wrong, trial, end = [], first, time.monotonic() + _CHUNK_SECONDS
                 while trial < wanted and time.monotonic() < end:
-                    if problem := ROWS[row](lab, trial):
+                    if problem := all_rows[row](lab, trial):
                         wrong.append(f"{trial}: {problem.replace(scratch, '')}")
                     trial += 1
                 line = dict(row=row, commit=commit, seed=SEED, first=first, count=trial - first, wrong=wrong)

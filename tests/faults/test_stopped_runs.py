@@ -1,0 +1,72 @@
+"""A run that is told to stop loses no finished step, whatever it is doing. Rows of docs/reliability.md, in small."""
+
+import signal
+import threading
+import time
+
+import pytest
+from stop_rows import STOP_ROWS
+from training import TrainingLab
+
+from sft_jax.training.stop_signal import Interrupted, Preempted, StopSignal
+
+
+@pytest.fixture(scope="module")
+def lab(tmp_path_factory):
+    lab = TrainingLab(tmp_path_factory.mktemp("training"), num_devices=2)
+    yield lab
+    lab.close()
+
+
+@pytest.mark.parametrize("trial", [1, 4, 6], ids=["compile", "evaluation", "export"])
+def test_sigterm(lab, trial):
+    assert STOP_ROWS["sigterm"](lab, trial) == ""
+
+
+def test_sigterm_to_all_processes_of_a_run(lab):
+    assert STOP_ROWS["group"](lab, 0) == ""
+
+
+@pytest.fixture
+def stop():
+    old = signal.getsignal(signal.SIGTERM)
+    with StopSignal() as stop:
+        yield stop
+    signal.signal(signal.SIGTERM, old)
+
+
+def interrupt_soon():
+    threading.Timer(0.1, signal.raise_signal, [signal.SIGTERM]).start()
+
+
+def test_before_the_first_step_the_run_ends_at_once(stop):
+    interrupt_soon()
+    with pytest.raises(Preempted):
+        time.sleep(60)
+    signal.raise_signal(signal.SIGTERM)  # does no harm
+    time.sleep(0.2)
+
+
+def test_between_two_steps_the_loop_is_told(stop):
+    stop.begin_training()
+    stop.check()
+    signal.raise_signal(signal.SIGTERM)
+    time.sleep(0.5)
+    with pytest.raises(Interrupted):
+        stop.check()
+
+
+def test_reading_a_batch_is_broken_into(stop):
+    stop.begin_training()
+    interrupt_soon()
+    with pytest.raises(Interrupted), stop.waiting():
+        time.sleep(60)
+    time.sleep(0.2)  # and nothing else is
+
+
+def test_a_stop_after_the_last_save_is_said_then(stop):
+    stop.begin_training()
+    signal.raise_signal(signal.SIGTERM)
+    time.sleep(0.5)
+    with pytest.raises(Preempted, match="after the last step"):
+        stop.end_training()
