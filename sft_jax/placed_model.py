@@ -14,7 +14,8 @@ from jax.sharding import AbstractMesh, Mesh, NamedSharding
 from sft_jax.checkpoint.hf import digest_weights, held_arrays, load_pretrained
 from sft_jax.checkpoint.merged_source import MergedSource
 from sft_jax.checkpoint.param_source import ParamSource, read_box
-from sft_jax.checkpoint.peft import load_adapter, module_names
+from sft_jax.checkpoint.peft import load_adapter
+from sft_jax.checkpoint.peft_names import module_names
 from sft_jax.checkpoint.quantized_source import HeldArray
 from sft_jax.config_schema import Config
 from sft_jax.datatypes import ConfigError

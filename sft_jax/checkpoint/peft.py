@@ -1,21 +1,11 @@
-"""Adapters <-> a folder that `peft` loads: adapter_config.json and adapter_model.safetensors.
-
-    ours, of layers.0.0.                    theirs, of base_model.model.model.layers.{layer}.
-    attention.query.lora_a     [S, D, R]    self_attn.q_proj.lora_A.weight          [R, D]
-    attention.query.lora_b     [S, R, N, H] self_attn.q_proj.lora_B.weight          [N*H, R]
-    attention.query.magnitude  [S, N, H]    self_attn.q_proj.lora_magnitude_vector  [N*H]
-
-and what trains whole, such as embed.embedding [V, D], under its own name.
-
-Source of the names: https://huggingface.co/docs/peft/developer_guides/checkpoint
-"""
+"""Adapters <-> a folder that `peft` loads: adapter_config.json and adapter_model.safetensors."""
 
 import itertools
 import math
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -24,100 +14,20 @@ import numpy as np
 from jax.experimental import multihost_utils
 from jax.sharding import Sharding
 
-from sft_jax.checkpoint.hf_names import EMBEDDING, HEAD, TensorRule, hf_tensors, tensor_rules
+from sft_jax.checkpoint.hf_names import EMBEDDING, HEAD, hf_tensors
 from sft_jax.checkpoint.model_files import file_in
+from sft_jax.checkpoint.peft_names import PREFIX, SUFFIXES, AdapterTensor, adapter_tensors
 from sft_jax.checkpoint.peft_options import CONFIG_FILE, check_options, read_options
 from sft_jax.checkpoint.safetensors_io import SINGLE_FILE, TensorInfo, read_header
 from sft_jax.checkpoint.safetensors_writer import TensorSpec, write_tensors
 from sft_jax.config_schema import LoraConfig
-from sft_jax.datatypes import ConfigError, StorageError
-from sft_jax.model.families import TransformerConfig, find_moe
+from sft_jax.datatypes import StorageError
+from sft_jax.model.families import TransformerConfig
 from sft_jax.model.transformer import Params
 from sft_jax.typing import Array
 
 WEIGHTS_FILE = "adapter_model.safetensors"
-_PREFIX = "base_model.model."
-_SUFFIXES = {"lora_a": "lora_A.weight", "lora_b": "lora_B.weight", "magnitude": "lora_magnitude_vector"}
 _MERGE = "merge the adapter by PEFT (merge_and_unload), save the model, and set config.model.path to it"
-# What every family's maps may be called in config.lora, though its own files hold them under other names, or fused.
-_FAMILIAR = {
-    "attention.query": "self_attn.q_proj", "attention.key": "self_attn.k_proj", "attention.value": "self_attn.v_proj",
-    "attention.out": "self_attn.o_proj", "mlp.gate": "mlp.gate_proj", "mlp.up": "mlp.up_proj",
-    "mlp.down": "mlp.down_proj",
-}  # fmt: skip
-
-
-class AdapterTensor(NamedTuple):
-    """One tensor of an adapter folder, and where its values stand among our parameters."""
-
-    name: str
-    rules: tuple[TensorRule, ...]
-    """Of the base's tensor: several where it is fused."""
-    kind: str
-    """`lora_a`, `lora_b` or `magnitude` of the maps; `whole`: the base's tensor itself."""
-    place: tuple[int, ...]
-    """In the stack of layers and experts; (): the parameter belongs to no layer."""
-    shape: tuple[int, ...]
-
-    def path(self, rule: TensorRule) -> str:
-        """Our parameter of one of the rules."""
-        return rule.path if self.kind == "whole" else f"{_module(rule)}.{self.kind}"
-
-
-def _module(rule: TensorRule) -> str:
-    return rule.path.removesuffix(".kernel")
-
-
-def module_names(config: TransformerConfig) -> dict[str, set[str]]:
-    """Path of each module with parameters -> all that config.lora may call it."""
-    names: dict[str, set[str]] = {}
-    for rule in tensor_rules(config):
-        module = rule.path.rpartition(".")[0]
-        called = names.setdefault(module, {module})
-        called.add(rule.hf_name.removesuffix(".weight"))
-        called |= {familiar for ours, familiar in _FAMILIAR.items() if module.endswith(f".{ours}")}
-    return names
-
-
-def adapter_tensors(config: TransformerConfig, shapes: Mapping[str, tuple[int, ...]]) -> Iterator[AdapterTensor]:
-    """Every tensor of the folder of a run whose trained parameters have `shapes`.
-
-    Of a fused tensor PEFT knows one adapter. Ours become one of their ranks together: one below the other in lora_A, on
-    the diagonal of lora_B.
-
-    Raises:
-      ConfigError: only some parts of a fused tensor train, or MLPs beside or of experts have adapters.
-    """
-    has_experts = find_moe(config) is not None
-    for hf_name, rules, place in hf_tensors(config):
-        outs_ins = rules[0].hf_shape(config)
-        if _all_or_none(rules, [rule.path in shapes for rule in rules]):
-            yield AdapterTensor(_PREFIX + hf_name, rules, "whole", place, outs_ins)
-            if rules[0] is EMBEDDING and config.tie_embeddings:  # PEFT copies what it saves, which unties the two
-                yield AdapterTensor(_PREFIX + HEAD.hf_name, rules, "whole", place, outs_ins)
-        if _all_or_none(rules, [f"{_module(rule)}.lora_a" in shapes for rule in rules]):
-            if has_experts and ".mlp." in rules[0].path:  # PEFT takes the names of others for those of experts
-                raise ConfigError(
-                    f"config.lora: {hf_name} is of a model with experts, in which adapters of the MLPs have no form "
-                    "that PEFT loads: transformers holds the experts of a layer in one tensor. Export the merged "
-                    "model, or choose targets in attention alone."
-                )
-            rank = sum(shapes[f"{_module(rule)}.lora_a"][-1] for rule in rules)
-            named = {"lora_a": (rank, outs_ins[1]), "lora_b": (outs_ins[0], rank), "magnitude": outs_ins[:1]}
-            for kind, shape in named.items():
-                if f"{_module(rules[0])}.{kind}" in shapes:
-                    name = _PREFIX + hf_name.removesuffix("weight") + _SUFFIXES[kind]
-                    yield AdapterTensor(name, rules, kind, place, shape)
-
-
-def _all_or_none(rules: tuple[TensorRule, ...], train: list[bool]) -> bool:
-    if any(train) and not all(train):
-        without = ", ".join(rule.path for rule, trains in zip(rules, train, strict=True) if not trains)
-        raise ConfigError(
-            f"config.lora: {rules[0].hf_name} is one tensor in this family, and {without} of it does not train as the "
-            "rest does. PEFT has no form for that: export the merged model."
-        )
-    return train[0]
 
 
 def export_adapter(
@@ -191,8 +101,8 @@ def _shorten(targets: set[str], config: TransformerConfig) -> set[str]:
 
 def _hf_module(tensor: AdapterTensor) -> str:
     """`model.layers.0.self_attn.q_proj` of any of its tensors."""
-    name = tensor.name.removeprefix(_PREFIX)
-    return name.removesuffix("weight" if tensor.kind == "whole" else _SUFFIXES[tensor.kind]).removesuffix(".")
+    name = tensor.name.removeprefix(PREFIX)
+    return name.removesuffix("weight" if tensor.kind == "whole" else SUFFIXES[tensor.kind]).removesuffix(".")
 
 
 def _fused_patterns(tensors: list[AdapterTensor], lora: LoraConfig) -> tuple[dict[str, int], dict[str, float]]:
@@ -268,7 +178,7 @@ def load_adapter(
         for rule, part in zip(tensor.rules, _from_peft(values, tensor, shapes, lora.rank, config, info), strict=True):
             out = host[tensor.path(rule)][tensor.place]
             part = part.reshape(out.shape).astype(out.dtype)
-            if tensor.name == _PREFIX + HEAD.hf_name and config.tie_embeddings and not np.array_equal(out, part):
+            if tensor.name == PREFIX + HEAD.hf_name and config.tie_embeddings and not np.array_equal(out, part):
                 raise StorageError(
                     f"{info} differs from the embedding, and this model ties them. Load the base with "
                     f"tie_word_embeddings false, and {_MERGE}."
@@ -306,7 +216,7 @@ def _own_names(index: Mapping[str, TensorInfo]) -> dict[str, TensorInfo]:
 def _check_tensors(index: Mapping[str, TensorInfo], tensors: list[AdapterTensor], folder: Path) -> None:
     wanted = {tensor.name: tensor for tensor in tensors}
     for name, tensor in wanted.items():
-        if name not in index and name == _PREFIX + HEAD.hf_name and tensor.rules[0] is EMBEDDING:
+        if name not in index and name == PREFIX + HEAD.hf_name and tensor.rules[0] is EMBEDDING:
             raise StorageError(
                 f"{folder / WEIGHTS_FILE}: has an embedding and no {name}, so PEFT left the head as it was, and this "
                 f"model ties the two. Train it by PEFT with ensure_weight_tying, or {_MERGE}."
@@ -334,9 +244,9 @@ def _check_tensors(index: Mapping[str, TensorInfo], tensors: list[AdapterTensor]
 def _describe_unknown(names: list[str]) -> str:
     modules = [rule.hf_name.removesuffix(".weight") for rule in (EMBEDDING, HEAD)]
     for name, module in itertools.product(names, modules):
-        if not name.startswith(f"{_PREFIX}{module}."):
+        if not name.startswith(f"{PREFIX}{module}."):
             continue
-        if name != f"{_PREFIX}{module}.weight":
+        if name != f"{PREFIX}{module}.weight":
             return f"{name} is of an adapter of {module}, which trains whole here or not at all. For that, {_MERGE}."
         return (
             f"holds all of {name}, as PEFT saves it after a change of the vocabulary, and config.lora does not. "

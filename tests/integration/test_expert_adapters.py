@@ -10,7 +10,7 @@ import pytest
 
 from sft_jax.checkpoint.hf import open_sources, read_config
 from sft_jax.checkpoint.param_source import ParamSource, read_box
-from sft_jax.checkpoint.peft import adapter_tensors
+from sft_jax.checkpoint.peft_names import adapter_tensors
 from sft_jax.config_schema import (
     BatchConfig,
     Config,

@@ -1,0 +1,100 @@
+"""config.lora's modules and what trains of them <-> the tensors of an adapter folder, named as PEFT names them.
+
+    ours, of layers.0.0.                    theirs, of base_model.model.model.layers.{layer}.
+    attention.query.lora_a     [S, D, R]    self_attn.q_proj.lora_A.weight          [R, D]
+    attention.query.lora_b     [S, R, N, H] self_attn.q_proj.lora_B.weight          [N*H, R]
+    attention.query.magnitude  [S, N, H]    self_attn.q_proj.lora_magnitude_vector  [N*H]
+
+and what trains whole, such as embed.embedding [V, D], under its own name.
+
+Source of the names: https://huggingface.co/docs/peft/developer_guides/checkpoint
+"""
+
+from collections.abc import Iterator, Mapping
+from typing import NamedTuple
+
+from sft_jax.checkpoint.hf_names import EMBEDDING, HEAD, TensorRule, hf_tensors, tensor_rules
+from sft_jax.datatypes import ConfigError
+from sft_jax.model.families import TransformerConfig, find_moe
+
+PREFIX = "base_model.model."
+SUFFIXES = {"lora_a": "lora_A.weight", "lora_b": "lora_B.weight", "magnitude": "lora_magnitude_vector"}
+# What every family's maps may be called in config.lora, though its own files hold them under other names, or fused.
+_FAMILIAR = {
+    "attention.query": "self_attn.q_proj", "attention.key": "self_attn.k_proj", "attention.value": "self_attn.v_proj",
+    "attention.out": "self_attn.o_proj", "mlp.gate": "mlp.gate_proj", "mlp.up": "mlp.up_proj",
+    "mlp.down": "mlp.down_proj",
+}  # fmt: skip
+
+
+class AdapterTensor(NamedTuple):
+    """One tensor of an adapter folder, and where its values stand among our parameters."""
+
+    name: str
+    rules: tuple[TensorRule, ...]
+    """Of the base's tensor: several where it is fused."""
+    kind: str
+    """`lora_a`, `lora_b` or `magnitude` of the maps; `whole`: the base's tensor itself."""
+    place: tuple[int, ...]
+    """In the stack of layers and experts; (): the parameter belongs to no layer."""
+    shape: tuple[int, ...]
+
+    def path(self, rule: TensorRule) -> str:
+        """Our parameter of one of the rules."""
+        return rule.path if self.kind == "whole" else f"{_module(rule)}.{self.kind}"
+
+
+def _module(rule: TensorRule) -> str:
+    return rule.path.removesuffix(".kernel")
+
+
+def module_names(config: TransformerConfig) -> dict[str, set[str]]:
+    """Path of each module with parameters -> all that config.lora may call it."""
+    names: dict[str, set[str]] = {}
+    for rule in tensor_rules(config):
+        module = rule.path.rpartition(".")[0]
+        called = names.setdefault(module, {module})
+        called.add(rule.hf_name.removesuffix(".weight"))
+        called |= {familiar for ours, familiar in _FAMILIAR.items() if module.endswith(f".{ours}")}
+    return names
+
+
+def adapter_tensors(config: TransformerConfig, shapes: Mapping[str, tuple[int, ...]]) -> Iterator[AdapterTensor]:
+    """Every tensor of the folder of a run whose trained parameters have `shapes`.
+
+    Of a fused tensor PEFT knows one adapter. Ours become one of their ranks together: one below the other in lora_A, on
+    the diagonal of lora_B.
+
+    Raises:
+      ConfigError: only some parts of a fused tensor train, or MLPs beside or of experts have adapters.
+    """
+    has_experts = find_moe(config) is not None
+    for hf_name, rules, place in hf_tensors(config):
+        outs_ins = rules[0].hf_shape(config)
+        if _all_or_none(rules, [rule.path in shapes for rule in rules]):
+            yield AdapterTensor(PREFIX + hf_name, rules, "whole", place, outs_ins)
+            if rules[0] is EMBEDDING and config.tie_embeddings:  # PEFT copies what it saves, which unties the two
+                yield AdapterTensor(PREFIX + HEAD.hf_name, rules, "whole", place, outs_ins)
+        if _all_or_none(rules, [f"{_module(rule)}.lora_a" in shapes for rule in rules]):
+            if has_experts and ".mlp." in rules[0].path:  # PEFT takes the names of others for those of experts
+                raise ConfigError(
+                    f"config.lora: {hf_name} is of a model with experts, in which adapters of the MLPs have no form "
+                    "that PEFT loads: transformers holds the experts of a layer in one tensor. Export the merged "
+                    "model, or choose targets in attention alone."
+                )
+            rank = sum(shapes[f"{_module(rule)}.lora_a"][-1] for rule in rules)
+            named = {"lora_a": (rank, outs_ins[1]), "lora_b": (outs_ins[0], rank), "magnitude": outs_ins[:1]}
+            for kind, shape in named.items():
+                if f"{_module(rules[0])}.{kind}" in shapes:
+                    name = PREFIX + hf_name.removesuffix("weight") + SUFFIXES[kind]
+                    yield AdapterTensor(name, rules, kind, place, shape)
+
+
+def _all_or_none(rules: tuple[TensorRule, ...], train: list[bool]) -> bool:
+    if any(train) and not all(train):
+        without = ", ".join(rule.path for rule, trains in zip(rules, train, strict=True) if not trains)
+        raise ConfigError(
+            f"config.lora: {rules[0].hf_name} is one tensor in this family, and {without} of it does not train as the "
+            "rest does. PEFT has no form for that: export the merged model."
+        )
+    return train[0]
