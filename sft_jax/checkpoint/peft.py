@@ -16,7 +16,7 @@ from jax.sharding import Sharding
 
 from sft_jax.checkpoint.hf_names import EMBEDDING, HEAD, hf_tensors
 from sft_jax.checkpoint.model_files import file_in
-from sft_jax.checkpoint.peft_names import PREFIX, SUFFIXES, AdapterTensor, adapter_tensors
+from sft_jax.checkpoint.peft_names import PREFIX, AdapterTensor, adapter_tensors
 from sft_jax.checkpoint.peft_options import CONFIG_FILE, check_options, read_options
 from sft_jax.checkpoint.safetensors_io import SINGLE_FILE, TensorInfo, read_header
 from sft_jax.checkpoint.safetensors_writer import TensorSpec, write_tensors
@@ -67,8 +67,8 @@ def adapter_config(
     tensors: list[AdapterTensor], config: TransformerConfig, lora: LoraConfig, base: str
 ) -> dict[str, Any]:
     """The fields of adapter_config.json."""
-    targets = {_hf_module(tensor): len(tensor.rules) for tensor in tensors if tensor.kind == "lora_a"}
-    saved = {_hf_module(tensor) for tensor in tensors if tensor.kind == "whole"}
+    targets = {tensor.module: len(tensor.rules) for tensor in tensors if tensor.kind == "lora_a"}
+    saved = {tensor.module for tensor in tensors if tensor.kind == "whole"}
     ranks, alphas = _fused_patterns(tensors, lora)
     return {
         "peft_type": "LORA",
@@ -99,15 +99,9 @@ def _shorten(targets: set[str], config: TransformerConfig) -> set[str]:
     return short if {name for name in all_names if last(name) in short} == targets else targets
 
 
-def _hf_module(tensor: AdapterTensor) -> str:
-    """`model.layers.0.self_attn.q_proj` of any of its tensors."""
-    name = tensor.name.removeprefix(PREFIX)
-    return name.removesuffix("weight" if tensor.kind == "whole" else SUFFIXES[tensor.kind]).removesuffix(".")
-
-
 def _fused_patterns(tensors: list[AdapterTensor], lora: LoraConfig) -> tuple[dict[str, int], dict[str, float]]:
     """PEFT's rank and alpha of the adapters of fused tensors, by name; alpha is such that the factor stays ours."""
-    parts = {_hf_module(t).rpartition(".")[2]: len(t.rules) for t in tensors if t.kind == "lora_a" and len(t.rules) > 1}
+    parts = {t.module.rpartition(".")[2]: len(t.rules) for t in tensors if t.kind == "lora_a" and len(t.rules) > 1}
     ranks = {name: num * lora.rank for name, num in parts.items()}
     return ranks, {name: lora.alpha * (num**0.5 if lora.use_rslora else num) for name, num in parts.items()}
 

@@ -7,7 +7,8 @@
 
 and what trains whole, such as embed.embedding [V, D], under its own name.
 
-Source of the names: https://huggingface.co/docs/peft/developer_guides/checkpoint
+Source of the names: https://huggingface.co/docs/peft/developer_guides/checkpoint, and of those that differ in memory,
+`conversion_mapping.py` of https://github.com/huggingface/transformers, version 5.23.0
 """
 
 from collections.abc import Iterator, Mapping
@@ -25,6 +26,9 @@ _FAMILIAR = {
     "attention.out": "self_attn.o_proj", "mlp.gate": "mlp.gate_proj", "mlp.up": "mlp.up_proj",
     "mlp.down": "mlp.down_proj",
 }  # fmt: skip
+# PEFT renames what it adds to modules, as transformers renames files, but not what it saves of them whole.
+_RENAMED = {".block_sparse_moe.gate.": ".mlp.gate."}
+_OF_MODULES = ("weight", "bias", "e_score_correction_bias")
 
 
 class AdapterTensor(NamedTuple):
@@ -43,6 +47,12 @@ class AdapterTensor(NamedTuple):
         """Our parameter of one of the rules."""
         return rule.path if self.kind == "whole" else f"{_module(rule)}.{self.kind}"
 
+    @property
+    def module(self) -> str:
+        """Which it belongs to there, such as `model.layers.0.self_attn.q_proj`."""
+        name = self.name.removeprefix(PREFIX)
+        return name.rpartition(".")[0] if self.kind == "whole" else name.removesuffix(f".{SUFFIXES[self.kind]}")
+
 
 def _module(rule: TensorRule) -> str:
     return rule.path.removesuffix(".kernel")
@@ -54,7 +64,7 @@ def module_names(config: TransformerConfig) -> dict[str, set[str]]:
     for rule in tensor_rules(config):
         module = rule.path.rpartition(".")[0]
         called = names.setdefault(module, {module})
-        called.add(rule.hf_name.removesuffix(".weight"))
+        called |= {name.removesuffix(".weight") for name in (rule.hf_name, _in_memory(rule.hf_name))}
         called |= {familiar for ours, familiar in _FAMILIAR.items() if module.endswith(f".{ours}")}
     return names
 
@@ -66,13 +76,15 @@ def adapter_tensors(config: TransformerConfig, shapes: Mapping[str, tuple[int, .
     the diagonal of lora_B.
 
     Raises:
-      ConfigError: only some parts of a fused tensor train, or MLPs beside or of experts have adapters.
+      ConfigError: PEFT would not load what trains: only some parts of a fused tensor; adapters of MLPs beside or of
+        experts; or what is no module's.
     """
     has_experts = find_moe(config) is not None
     for hf_name, rules, place in hf_tensors(config):
         outs_ins = rules[0].hf_shape(config)
         if _all_or_none(rules, [rule.path in shapes for rule in rules]):
-            yield AdapterTensor(PREFIX + hf_name, rules, "whole", place, outs_ins)
+            _check_whole(rules[0], hf_name)
+            yield AdapterTensor(PREFIX + _in_memory(hf_name), rules, "whole", place, outs_ins)
             if rules[0] is EMBEDDING and config.tie_embeddings:  # PEFT copies what it saves, which unties the two
                 yield AdapterTensor(PREFIX + HEAD.hf_name, rules, "whole", place, outs_ins)
         if _all_or_none(rules, [f"{_module(rule)}.lora_a" in shapes for rule in rules]):
@@ -98,3 +110,19 @@ def _all_or_none(rules: tuple[TensorRule, ...], train: list[bool]) -> bool:
             "rest does. PEFT has no form for that: export the merged model."
         )
     return train[0]
+
+
+def _in_memory(hf_name: str) -> str:
+    """The name that transformers has for a tensor once it is loaded."""
+    for stored, loaded in _RENAMED.items():
+        hf_name = hf_name.replace(stored, loaded)
+    return hf_name
+
+
+def _check_whole(rule: TensorRule, hf_name: str) -> None:
+    """PEFT copies modules, and takes no notice of a tensor that belongs to none, or writes it over the base's own."""
+    if rule.num_experts or hf_name.rpartition(".")[2] not in _OF_MODULES:
+        raise ConfigError(
+            f"config.lora.modules_to_save: {hf_name} is no module's in transformers, so it cannot be part of an "
+            "adapter of PEFT's. Export the merged model, or take it out."
+        )

@@ -53,6 +53,8 @@ VARIANTS: dict[str, tuple[dict[str, Any] | str, dict[str, Any]]] = {
     "beside_experts": ("mixtral", dict(targets=("q_proj", "o_proj"))),
     "attention_of_qwen3_moe": ("qwen3_moe", dict(targets=ALL[:4])),
     "attention_of_gpt_oss": ("gpt_oss", dict(targets=ALL[:4])),
+    "router_of_mixtral": ("mixtral", dict(targets=("q_proj",), modules_to_save=("mlp.gate",))),
+    "router_of_gpt_oss": ("gpt_oss", dict(targets=("q_proj",), modules_to_save=("mlp.router",))),
     "latent": ("deepseek_v3", dict(targets=("q_a_proj", "q_b_proj", "kv_a_proj_with_mqa", "kv_b_proj", "o_proj"))),
     "fused": ("phi3", dict(targets=FUSED)),
     "fused_dora_rslora": ("phi3", dict(targets=FUSED, use_dora=True, use_rslora=True)),
