@@ -14,8 +14,9 @@ import jax
 from etils import epath
 from rich.console import Console
 
+from sft_jax.checkpoint.export_folder import check_export_target
 from sft_jax.checkpoint.hf import read_generation_config
-from sft_jax.checkpoint.hf_export import check_export_target, export_pretrained
+from sft_jax.checkpoint.hf_export import export_pretrained
 from sft_jax.checkpoint.manager import CheckpointManager
 from sft_jax.checkpoint.model_card import make_model_card, name_base
 from sft_jax.checkpoint.peft import export_adapter

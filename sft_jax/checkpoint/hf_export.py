@@ -5,31 +5,29 @@ One tensor of the folder is on the host at a time.
 
 import math
 import os
-import shutil
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 import jax
 import jax.numpy as jnp
-import msgspec
 import numpy as np
 from jax.experimental import multihost_utils
 
+from sft_jax.checkpoint.export_folder import write_folder
 from sft_jax.checkpoint.hf_names import EMBEDDING, hf_tensors, tensor_rules
 from sft_jax.checkpoint.param_source import ParamSource, boxes, check_finite
 from sft_jax.checkpoint.safetensors_writer import MAX_SHARD_BYTES, TensorSpec, write_json, write_tensors
 from sft_jax.checkpoint.stored_tensor import copy_in_blocks
 from sft_jax.data.tokenizer import Tokenizer
-from sft_jax.datatypes import ConfigError, StorageError
+from sft_jax.datatypes import ConfigError
 from sft_jax.model.families import TransformerConfig
 from sft_jax.model.hf_config import to_hf_config
 from sft_jax.model.router import dtype_among
 from sft_jax.typing import Array
 
 EXPORT_DTYPES = ("float32", "bfloat16", "float16", "float64")
-_EXPORT_RECORD = "sft_jax_export.json"
 _OF_THE_BASE = ("transformers_version", "_from_model_config")  # the second: to be made anew from config.json
 _PIECE_BYTES, _BLOCK_BYTES = 2**27, 2**25
 _WORKERS = 3
@@ -81,79 +79,7 @@ def export_pretrained(
         if model_card:
             (partial / "README.md").write_text(model_card, encoding="utf-8")
 
-    failure: StorageError | None = None
-    try:
-        if jax.process_index() == 0:
-            _replace_folder(Path(folder), fill)
-    except StorageError as error:
-        failure = error
-    if jax.process_count() > 1:
-        try:
-            for _ in tensors:  # gathering takes all processes, whatever has become of the writing
-                pass
-        except StorageError as error:
-            failure = failure or error
-        has_failed = multihost_utils.process_allgather(np.array(failure is not None))
-        if has_failed.any() and failure is None:
-            failure = StorageError(f"{folder}: process 0 could not write the export; its log says why.")
-    if failure is not None:
-        raise failure
-
-
-def _replace_folder(target: Path, fill: Callable[[Path], None]) -> None:
-    """Have a folder filled beside its target and, when it is whole, put in its place."""
-    check_export_target(target)
-    try:
-        partial = _empty_sibling(target, "partial")
-        fill(partial)
-        write_json(partial / _EXPORT_RECORD, {"written_by": "sft_jax", "files": _files_in(partial)})
-        old = _empty_sibling(target, "replaced")
-        if target.exists():
-            target.replace(old)
-        partial.replace(target)
-        shutil.rmtree(old, ignore_errors=True)
-    except OSError as error:
-        raise StorageError(f"{target}: export failed: {error}. Free some space, or choose another folder.") from error
-
-
-def check_export_target(folder: str | os.PathLike[str]) -> None:
-    """An export may replace an earlier export that nobody has added to, and nothing else.
-
-    Raises:
-      StorageError: naming a file that would be lost.
-    """
-    target = Path(folder)
-    if target.exists() and not target.is_dir():
-        raise StorageError(f"{target}: is a file, and the export needs a folder. Choose another name.")
-    files = _files_in(target)
-    record = target / _EXPORT_RECORD
-    try:
-        own = msgspec.json.decode(record.read_bytes(), type=_Record).files if record.is_file() else []
-    except msgspec.DecodeError:  # of somebody else, by chance under our name
-        own = []
-    foreign = sorted(set(files) - {*own, _EXPORT_RECORD})
-    if foreign:
-        raise StorageError(
-            f"{target}: holds {foreign[0]}, which no export of ours wrote ({len(foreign)} such files). Choose another "
-            "folder, or remove it."
-        )
-
-
-class _Record(msgspec.Struct):
-    files: list[str]
-
-
-def _files_in(folder: Path) -> list[str]:
-    return sorted(str(path.relative_to(folder)) for path in folder.rglob("*") if not path.is_dir())
-
-
-def _empty_sibling(target: Path, suffix: str) -> Path:
-    """A fresh folder beside the target, on the same file system; what an interrupted export left there is removed."""
-    sibling = target.absolute().parent / f".{target.name}.{suffix}"
-    if sibling.exists():
-        shutil.rmtree(sibling)
-    sibling.mkdir(parents=True)
-    return sibling
+    write_folder(folder, fill, tensors)
 
 
 def _make_tensors(

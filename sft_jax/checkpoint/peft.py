@@ -9,17 +9,18 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import msgspec
 import numpy as np
 from jax.experimental import multihost_utils
 from jax.sharding import Sharding
 
+from sft_jax.checkpoint.export_folder import write_folder
 from sft_jax.checkpoint.hf_names import EMBEDDING, HEAD, hf_tensors
 from sft_jax.checkpoint.model_files import file_in
+from sft_jax.checkpoint.param_source import ParamSource, read_box
 from sft_jax.checkpoint.peft_names import PREFIX, AdapterTensor, adapter_tensors
 from sft_jax.checkpoint.peft_options import CONFIG_FILE, check_options, read_options
 from sft_jax.checkpoint.safetensors_io import SINGLE_FILE, TensorInfo, read_header
-from sft_jax.checkpoint.safetensors_writer import TensorSpec, write_tensors
+from sft_jax.checkpoint.safetensors_writer import TensorSpec, write_json, write_tensors
 from sft_jax.config_schema import LoraConfig
 from sft_jax.datatypes import StorageError
 from sft_jax.model.families import TransformerConfig
@@ -31,43 +32,46 @@ _MERGE = "merge the adapter by PEFT (merge_and_unload), save the model, and set 
 
 
 def export_adapter(
-    folder: str | os.PathLike[str], trained: Params, config: TransformerConfig, lora: LoraConfig, base: str, dtype: str
+    folder: str | os.PathLike[str],
+    trained: Mapping[str, Array | ParamSource],
+    config: TransformerConfig,
+    lora: LoraConfig,
+    base: str,
+    dtype: str,
 ) -> None:
     """Write the trained parameters of a LoRA run as a folder that `peft` loads.
 
-    All processes call it; process 0 writes.
+    All processes call it; process 0 writes, and where it cannot, all raise. One tensor is on the host at a time.
 
     Args:
+      trained: on devices or on disk.
       base: what the adapter is for, as `base_model_name_or_path`.
       dtype: of the stored tensors.
 
     Raises:
-      StorageError: the folder is not empty, or the disk refuses.
+      ConfigError: PEFT would not load what trains.
+      StorageError: the folder holds files that no export wrote, or the disk refuses.
     """
-    tensors = list(adapter_tensors(config, {path: value.shape for path, value in trained.items()}))
-    target = Path(folder)
-    # Gathering takes all processes, so it is done before one of them may fail at writing.
-    values = [(tensor.name, _to_peft(trained, tensor, config, dtype)) for tensor in tensors]
-    if jax.process_index() != 0:
-        return
-    if target.exists() and any(path.name not in (CONFIG_FILE, WEIGHTS_FILE) for path in target.iterdir()):
-        raise StorageError(f"{target}: holds files that are no adapter's. Choose another folder, or remove it.")
+    tensors = list(adapter_tensors(config, lora, {path: value.shape for path, value in trained.items()}))
     fields = adapter_config(tensors, config, lora, base)
-    try:
-        target.mkdir(parents=True, exist_ok=True)
-        specs = [TensorSpec(tensor.name, jnp.dtype(dtype), tensor.shape) for tensor in tensors]
-        write_tensors(target, specs, values, max_shard_bytes=2**62)
-        (target / SINGLE_FILE).replace(target / WEIGHTS_FILE)
-        (target / CONFIG_FILE).write_bytes(msgspec.json.format(msgspec.json.encode(fields), indent=2) + b"\n")
-    except OSError as error:
-        raise StorageError(f"{target}: export failed: {error}. Free some space, or choose another folder.") from error
+    specs = [TensorSpec(tensor.name, jnp.dtype(dtype), tensor.shape) for tensor in tensors]
+    values = ((tensor.name, _to_peft(trained, tensor, config, dtype)) for tensor in tensors)
+
+    def fill(partial: Path) -> None:
+        write_tensors(partial, specs, values, max_shard_bytes=2**62)
+        (partial / SINGLE_FILE).replace(partial / WEIGHTS_FILE)
+        write_json(partial / CONFIG_FILE, fields)
+
+    write_folder(folder, fill, values)
 
 
 def adapter_config(
     tensors: list[AdapterTensor], config: TransformerConfig, lora: LoraConfig, base: str
 ) -> dict[str, Any]:
     """The fields of adapter_config.json."""
-    targets = {tensor.module: len(tensor.rules) for tensor in tensors if tensor.kind == "lora_a"}
+    adapters = [tensor for tensor in tensors if tensor.kind == "lora_a"]
+    experts = {tensor.module.rpartition(".")[2] for tensor in adapters if tensor.is_of_experts}
+    targets = {tensor.module for tensor in adapters if not tensor.is_of_experts}
     saved = {tensor.module for tensor in tensors if tensor.kind == "whole"}
     ranks, alphas = _fused_patterns(tensors, lora)
     return {
@@ -82,7 +86,7 @@ def adapter_config(
         "use_dora": lora.use_dora,
         "rank_pattern": ranks,
         "alpha_pattern": alphas,
-        "target_modules": sorted(_shorten(set(targets), config)),
+        "target_modules": sorted(experts | _shorten(targets, config)),
         "modules_to_save": sorted(saved) or None,
         "bias": "none",
         "fan_in_fan_out": False,
@@ -95,7 +99,7 @@ def _shorten(targets: set[str], config: TransformerConfig) -> set[str]:
     """`q_proj` for the maps of that name in all layers; full names where only some of them have an adapter."""
     last = lambda name: name.rpartition(".")[2]  # noqa: E731
     short = {last(name) for name in targets}
-    all_names = {name.rpartition(".")[0] for name, _, _ in hf_tensors(config)}
+    all_names = {name.rpartition(".")[0] for name, rules, _ in hf_tensors(config) if not rules[0].num_experts}
     return short if {name for name in all_names if last(name) in short} == targets else targets
 
 
@@ -106,7 +110,9 @@ def _fused_patterns(tensors: list[AdapterTensor], lora: LoraConfig) -> tuple[dic
     return ranks, {name: lora.alpha * (num**0.5 if lora.use_rslora else num) for name, num in parts.items()}
 
 
-def _to_peft(trained: Params, tensor: AdapterTensor, config: TransformerConfig, dtype: str) -> np.ndarray:
+def _to_peft(
+    trained: Mapping[str, Array | ParamSource], tensor: AdapterTensor, config: TransformerConfig, dtype: str
+) -> np.ndarray:
     hosts = [_pull(trained[tensor.path(rule)], tensor.place) for rule in tensor.rules]
     if tensor.kind == "whole":
         values = np.empty(tensor.shape, hosts[0].dtype)
@@ -124,7 +130,10 @@ def _to_peft(trained: Params, tensor: AdapterTensor, config: TransformerConfig, 
     return values
 
 
-def _pull(value: Array, place: tuple[int, ...]) -> np.ndarray:
+def _pull(value: Array | ParamSource, place: tuple[int, ...]) -> np.ndarray:
+    if isinstance(value, ParamSource):
+        rest = (slice(0, size) for size in value.shape[len(place) :])
+        return read_box(value, (*(slice(at, at + 1) for at in place), *rest), value.dtype)[(0,) * len(place)]
     part = value[place] if place else value
     if not part.is_fully_addressable:
         part = multihost_utils.process_allgather(part, tiled=True)
@@ -159,10 +168,10 @@ def load_adapter(
     """
     folder = Path(folder)
     fields = read_options(folder)
-    tensors = list(adapter_tensors(config, shapes))
-    check_options(fields, lora, _fused_patterns(tensors, lora), folder)
+    tensors = list(adapter_tensors(config, lora, shapes))
+    has_patterns = check_options(fields, lora, _fused_patterns(tensors, lora), folder)
     index = _own_names(read_header(file_in(folder, WEIGHTS_FILE)))
-    _check_tensors(index, tensors, folder)
+    _check_tensors(index, tensors, has_patterns, folder)
     host = {path: np.empty(shape, jnp.dtype(dtype)) for path, shape in shapes.items()}
     for tensor in tensors:
         info = index[tensor.name]
@@ -207,7 +216,9 @@ def _own_names(index: Mapping[str, TensorInfo]) -> dict[str, TensorInfo]:
     return tensors
 
 
-def _check_tensors(index: Mapping[str, TensorInfo], tensors: list[AdapterTensor], folder: Path) -> None:
+def _check_tensors(
+    index: Mapping[str, TensorInfo], tensors: list[AdapterTensor], has_patterns: bool, folder: Path
+) -> None:
     wanted = {tensor.name: tensor for tensor in tensors}
     for name, tensor in wanted.items():
         if name not in index and name == PREFIX + HEAD.hf_name and tensor.rules[0] is EMBEDDING:
@@ -226,8 +237,9 @@ def _check_tensors(index: Mapping[str, TensorInfo], tensors: list[AdapterTensor]
                 "Name the same tokens in config.data.new_tokens, or resize the base by transformers, and set "
                 "config.model.path to that."
             )
-        if index[name].shape not in (tensor.shape, _shared_shape(tensor)):
-            raise StorageError(f"{index[name]} is {list(index[name].shape)}; expected {list(tensor.shape)}. Same base?")
+        shape = tensor.shape if has_patterns else _shared_shape(tensor)
+        if index[name].shape != shape:
+            raise StorageError(f"{index[name]} is {list(index[name].shape)}; expected {list(shape)}. Same base?")
         if index[name].dtype.name not in ("float64", "float32", "float16", "bfloat16"):
             raise StorageError(f"{index[name]} has dtype {index[name].dtype.name}; expected floating point.")
     unknown = sorted(index.keys() - wanted.keys())
@@ -272,7 +284,7 @@ def _from_peft(
         return [rule.from_hf(values, config) for rule in tensor.rules]
     if tensor.kind == "lora_a":  # of a fused tensor: all parts read the same, unless it is an export of ours
         return [part.T for part in _cut(values, [rank] * len(tensor.rules))]
-    num_other = 1 if tensor.kind == "magnitude" else 2  # layers, and ranks
+    num_other = len(tensor.place) + (tensor.kind == "lora_b")  # of layers, experts and ranks
     sizes = [math.prod(shapes[tensor.path(rule)][num_other:]) for rule in tensor.rules]
     rows = np.split(values, np.cumsum(sizes)[:-1])
     if tensor.kind == "magnitude" or values.shape[1] == rank:

@@ -5,16 +5,19 @@
     attention.query.lora_b     [S, R, N, H] self_attn.q_proj.lora_B.weight          [N*H, R]
     attention.query.magnitude  [S, N, H]    self_attn.q_proj.lora_magnitude_vector  [N*H]
 
-and what trains whole, such as embed.embedding [V, D], under its own name.
+and what trains whole, such as embed.embedding [V, D], under its own name. Each expert has tensors of its own, under the
+names of its files, which PEFT joins when it loads them; a folder that it saves has them joined, and is not read here.
 
 Source of the names: https://huggingface.co/docs/peft/developer_guides/checkpoint, and of those that differ in memory,
-`conversion_mapping.py` of https://github.com/huggingface/transformers, version 5.23.0
+`conversion_mapping.py` of https://github.com/huggingface/transformers, version 5.23.0. How experts are joined:
+`transformers_weight_conversion.py` of https://github.com/huggingface/peft, version 0.21.2
 """
 
 from collections.abc import Iterator, Mapping
 from typing import NamedTuple
 
 from sft_jax.checkpoint.hf_names import EMBEDDING, HEAD, TensorRule, hf_tensors, tensor_rules
+from sft_jax.config_schema import LoraConfig
 from sft_jax.datatypes import ConfigError
 from sft_jax.model.families import TransformerConfig, find_moe
 
@@ -48,6 +51,10 @@ class AdapterTensor(NamedTuple):
         return rule.path if self.kind == "whole" else f"{_module(rule)}.{self.kind}"
 
     @property
+    def is_of_experts(self) -> bool:
+        return bool(self.rules[0].num_experts)
+
+    @property
     def module(self) -> str:
         """Which it belongs to there, such as `model.layers.0.self_attn.q_proj`."""
         name = self.name.removeprefix(PREFIX)
@@ -69,17 +76,20 @@ def module_names(config: TransformerConfig) -> dict[str, set[str]]:
     return names
 
 
-def adapter_tensors(config: TransformerConfig, shapes: Mapping[str, tuple[int, ...]]) -> Iterator[AdapterTensor]:
+def adapter_tensors(
+    config: TransformerConfig, lora: LoraConfig, shapes: Mapping[str, tuple[int, ...]]
+) -> Iterator[AdapterTensor]:
     """Every tensor of the folder of a run whose trained parameters have `shapes`.
 
     Of a fused tensor PEFT knows one adapter. Ours become one of their ranks together: one below the other in lora_A, on
     the diagonal of lora_B.
 
     Raises:
-      ConfigError: PEFT would not load what trains: only some parts of a fused tensor; adapters of MLPs beside or of
-        experts; or what is no module's.
+      ConfigError: PEFT would not load what trains: only some parts of a fused tensor; adapters of MLPs beside
+        experts, or of some of the experts' maps; or what is no module's.
     """
     has_experts = find_moe(config) is not None
+    _check_experts({rule.path for rule in tensor_rules(config) if rule.num_experts}, lora, shapes)
     for hf_name, rules, place in hf_tensors(config):
         outs_ins = rules[0].hf_shape(config)
         if _all_or_none(rules, [rule.path in shapes for rule in rules]):
@@ -88,11 +98,10 @@ def adapter_tensors(config: TransformerConfig, shapes: Mapping[str, tuple[int, .
             if rules[0] is EMBEDDING and config.tie_embeddings:  # PEFT copies what it saves, which unties the two
                 yield AdapterTensor(PREFIX + HEAD.hf_name, rules, "whole", place, outs_ins)
         if _all_or_none(rules, [f"{_module(rule)}.lora_a" in shapes for rule in rules]):
-            if has_experts and ".mlp." in rules[0].path:  # PEFT takes the names of others for those of experts
-                raise ConfigError(
-                    f"config.lora: {hf_name} is of a model with experts, in which adapters of the MLPs have no form "
-                    "that PEFT loads: transformers holds the experts of a layer in one tensor. Export the merged "
-                    "model, or choose targets in attention alone."
+            if has_experts and ".mlp." in rules[0].path and not rules[0].num_experts:
+                raise ConfigError(  # PEFT takes names of MLPs for those of experts, and gpt-oss's are one tensor
+                    f"config.lora.targets: {hf_name} stands beside experts, or is of all of them, and has no "
+                    "adapter that PEFT loads. Export the merged model, or take it out."
                 )
             rank = sum(shapes[f"{_module(rule)}.lora_a"][-1] for rule in rules)
             named = {"lora_a": (rank, outs_ins[1]), "lora_b": (outs_ins[0], rank), "magnitude": outs_ins[:1]}
@@ -110,6 +119,21 @@ def _all_or_none(rules: tuple[TensorRule, ...], train: list[bool]) -> bool:
             "rest does. PEFT has no form for that: export the merged model."
         )
     return train[0]
+
+
+def _check_experts(kernels: set[str], lora: LoraConfig, shapes: Mapping[str, tuple[int, ...]]) -> None:
+    """PEFT joins gate and up, to twice the rank, and looks for them below an adapter of down; seen with 0.21.2."""
+    maps = {path.split(".")[-2] for path in kernels if f"{path.removesuffix('.kernel')}.lora_a" in shapes}
+    if maps not in (set(), {"down"}, {"gate", "up", "down"}):
+        raise ConfigError(
+            f"config.lora.targets: of the experts' maps, {' and '.join(sorted(maps))} alone have adapters, and PEFT "
+            "loads those of gate, up and down, or of down alone. Export the merged model, or name the others too."
+        )
+    if "gate" in maps and lora.use_rslora:
+        raise ConfigError(
+            "config.lora.use_rslora: is set, and PEFT would scale the adapters of experts' gate and up by sqrt(2) too "
+            "much, since it joins the two. Export the merged model, or leave it out."
+        )
 
 
 def _in_memory(hf_name: str) -> str:

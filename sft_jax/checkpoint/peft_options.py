@@ -55,9 +55,12 @@ def read_options(folder: Path) -> dict[str, Any]:
 
 def check_options(
     fields: Mapping[str, Any], lora: LoraConfig, patterns: tuple[Mapping[str, Any], Mapping[str, Any]], folder: Path
-) -> None:
+) -> bool:
     """Args:
       patterns: the ranks and alphas by module that config.lora's adapter of fused tensors has.
+
+    Returns:
+      Whether it has them. PEFT's own have none, and the parts of a fused tensor share one rank.
 
     Raises:
       ConfigError: an option is not what config.lora says, not supported, or not known.
@@ -75,17 +78,20 @@ def check_options(
         for key, accepted in _ONLY_VALUES.items()
         if key in fields and not any(type(fields[key]) is type(value) and fields[key] == value for value in accepted)
     ]
-    by_module = dict(zip(("rank_pattern", "alpha_pattern"), patterns, strict=True))
-    errors += [
-        f"{where}: {key} is {fields[key]!r}; only one rank and alpha for all is supported."
-        for key, ours_of_fused in by_module.items()
-        if fields.get(key) and fields[key] != ours_of_fused
-    ]
+    by_module = ("rank_pattern", "alpha_pattern")
+    found = (fields.get("rank_pattern") or {}, fields.get("alpha_pattern") or {})
+    if found not in (patterns, ({}, {})):  # one of them alone is another factor
+        errors += [
+            f"{where}: {key} is {value!r}; only one rank and alpha for all is supported."
+            for key, value in zip(by_module, found, strict=True)
+            if value
+        ]
     errors += [
         f"{where}: {key} = {value!r}: not a known option, so it might change the adapter's numbers. Remove it if it "
         "does not."
         for key, value in fields.items()
-        if key not in _HARMLESS | _ONLY_VALUES.keys() | ours.keys() | by_module.keys()
+        if key not in _HARMLESS | _ONLY_VALUES.keys() | ours.keys() | set(by_module)
     ]
     if errors:
         raise ConfigError("\n".join(errors))
+    return found == patterns

@@ -5,6 +5,8 @@ import sys
 
 from sft_jax.checkpoint.converted import convert_folder, is_converted
 from sft_jax.checkpoint.hf import digest_weights, open_sources, read_config
+from sft_jax.checkpoint.model_files import list_folder
+from sft_jax.checkpoint.peft_options import CONFIG_FILE
 from sft_jax.command_line import run_command
 from sft_jax.data.stored_files import is_url
 from sft_jax.datatypes import ConfigError
@@ -26,6 +28,8 @@ def main(args: list[str]) -> int:
         raise ConfigError(f"--to={options.to}: is a URL. Convert to a folder on disk, and copy that.")
     if is_converted(options.source):
         raise ConfigError(f"--from={options.source}: is a converted folder already. Name it as config.model.path.")
+    if CONFIG_FILE in list_folder(options.source):
+        raise ConfigError(f"--from={options.source}: is an adapter's. Name it as config.lora.init_from, as it is.")
     config, _ = read_config(options.source)
     sources = open_sources(options.source, config)
     is_new = convert_folder(options.source, options.to, sources, digest_weights(options.source), options.dtype)

@@ -13,8 +13,17 @@ from sft_jax.checkpoint.peft import export_adapter
 from sft_jax.checkpoint.reader import CheckpointReader
 from sft_jax.command_line import run_command
 from sft_jax.config import from_config_dict
+from sft_jax.config_schema import MeshConfig
 from sft_jax.datatypes import ConfigError, StorageError
-from sft_jax.experiment import check_model, export_dtypes, open_renderer, open_sources_of_step, place_model
+from sft_jax.experiment import (
+    check_model,
+    export_dtypes,
+    open_model_config,
+    open_renderer,
+    open_sources_of_step,
+)
+from sft_jax.placed_model import ModelOnMesh
+from sft_jax.sharding import build_abstract_mesh
 
 
 def main(args: list[str]) -> int:
@@ -54,11 +63,12 @@ def main(args: list[str]) -> int:
         raise ConfigError(f"--run={run_dir}: has no adapter (config.lora.rank is 0). Leave --adapter and --merge out.")
     renderer = open_renderer(config)
     if options.adapter:
-        placed = place_model(config, renderer)
-        check_model(config, placed.model, reader, step)
-        trained = reader.restore_params(step, placed.abstract_state.params)
+        model = open_model_config(config, renderer)
+        check_model(config, model, reader, step)
+        placed = ModelOnMesh(config, model, build_abstract_mesh(MeshConfig(fsdp=1), 1))
+        trained = reader.open_params(step, placed.leaves[0])
         dtype = options.dtype or config.model.param_dtype
-        export_adapter(options.to, trained, placed.model, config.lora, config.model.path, dtype)
+        export_adapter(options.to, trained, model, config.lora, config.model.path, dtype)
         print(f"adapter of step {step} exported to {options.to}")
         return 0
     model, sources = open_sources_of_step(config, renderer, reader, step)

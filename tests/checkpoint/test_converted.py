@@ -165,6 +165,9 @@ def test_a_second_convert_changes_nothing_and_another_is_refused(source: Path, t
         convert(source, source / "config.json")
     with pytest.raises(ConfigError, match="is a converted folder already"):
         convert(target, tmp_path / "again")
+    (other / "adapter_config.json").write_text("{}")
+    with pytest.raises(ConfigError, match=r"is an adapter's\. Name it as config\.lora\.init_from"):
+        convert(other, tmp_path / "again")
     assert digest_weights(target) == digest_weights(source) != digest_weights(other)
 
 

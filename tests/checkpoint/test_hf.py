@@ -19,8 +19,9 @@ import safetensors.numpy
 from llama_folder import TINY, TINY_TIED, llama_tensors, write_folder, write_sparse_folder, write_tokenizer
 
 from sft_jax.checkpoint import hf_export
+from sft_jax.checkpoint.export_folder import check_export_target
 from sft_jax.checkpoint.hf import load_pretrained, read_config, read_generation_config
-from sft_jax.checkpoint.hf_export import check_export_target, export_pretrained
+from sft_jax.checkpoint.hf_export import export_pretrained
 from sft_jax.config_schema import MeshConfig
 from sft_jax.data.tokenizer import Tokenizer, load_tokenizer
 from sft_jax.datatypes import ConfigError, StorageError

@@ -1,5 +1,7 @@
 """Adapter folders that are not what config.lora says; test_peft_parity holds the others to peft."""
 
+import dataclasses
+import errno
 import json
 from pathlib import Path
 
@@ -9,6 +11,7 @@ import pytest
 import safetensors.numpy
 from llama_folder import TINY, TINY_TIED, llama_tensors, write_folder
 
+from sft_jax.checkpoint import peft
 from sft_jax.checkpoint.hf import read_config
 from sft_jax.checkpoint.peft import export_adapter
 from sft_jax.config_schema import Config, LoraConfig, MeshConfig, ModelConfig
@@ -52,6 +55,44 @@ def adapter(tmp_path: Path) -> Adapter:
     return Adapter(tmp_path)
 
 
+def test_an_export_that_fails_leaves_the_old_one_and_may_be_made_again(adapter: Adapter, monkeypatch) -> None:
+    placed = adapter.place()
+    again = lambda: export_adapter(adapter.folder, adapter.trained, placed.model, placed.config.lora, "x", "float32")  # noqa: E731
+    old = {path.name: path.read_bytes() for path in adapter.folder.iterdir()}
+
+    def fill_the_disk(*_: object, **__: object) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(peft, "write_json", fill_the_disk)
+        with pytest.raises(StorageError, match="No space left on device"):
+            again()
+    assert {path.name: path.read_bytes() for path in adapter.folder.iterdir()} == old
+    again()
+    assert json.loads((adapter.folder / "adapter_config.json").read_text())["base_model_name_or_path"] == "x"
+    (adapter.folder / "notes.txt").write_text("mine")
+    with pytest.raises(StorageError, match=r"holds notes\.txt, which no export of ours wrote"):
+        again()
+
+
+@pytest.mark.parametrize("family", ["mixtral", "qwen3_moe", "deepseek_v3"])
+def test_adapters_of_experts_come_back(family: str, tmp_path: Path) -> None:
+    base = Path(__file__).parents[1] / "parity" / "goldens" / family
+    lora = LoraConfig(rank=2, targets=("o_proj", "experts.*"), modules_to_save=("router",))
+    config = Config(model=ModelConfig(path=str(base), compute_dtype="float32"), lora=lora)
+    placed = ModelOnMesh(config, read_config(base)[0], build_mesh(MeshConfig(expert=2), jax.devices()[:2]))
+    drawn = np.random.default_rng(0)
+    trained = {
+        path: jax.device_put(drawn.normal(size=leaf.shape).astype("float32"), placed.shardings[path])
+        for path, leaf in placed.leaves[0].items()
+    }
+    export_adapter(tmp_path / "adapter", trained, placed.model, lora, "base", "float32")
+    lora = dataclasses.replace(lora, init_from=str(tmp_path / "adapter"))
+    again, _ = dataclasses.replace(placed, config=dataclasses.replace(config, lora=lora)).open_params()
+    assert all(np.array_equal(again[path], values) for path, values in trained.items())
+    assert again["layers.0.0.attention.out.lora_b"].sharding == trained["layers.0.0.attention.out.lora_b"].sharding
+
+
 # As PEFT 0.21.2 writes them, beside those of every adapter.
 NEUTRAL = {
     "alora_invocation_tokens": None, "arrow_config": None, "auto_mapping": None, "base_model_name_or_path": "x",
@@ -89,6 +130,26 @@ def test_options_that_would_change_the_numbers_are_refused_by_name(adapter: Adap
     adapter.change_options(**{option: value})
     with pytest.raises(ConfigError, match=rf"adapter_config.json: {option} (is|=) "):
         adapter.load()
+
+
+@pytest.mark.parametrize("gone", ["rank_pattern", "alpha_pattern", "both"])
+def test_the_patterns_of_fused_tensors_belong_together(tmp_path: Path, gone: str) -> None:
+    base = Path(__file__).parents[1] / "parity" / "goldens" / "phi3"
+    config = Config(model=ModelConfig(path=str(base)), lora=LoraConfig(rank=2, targets=("q_proj", "k_proj", "v_proj")))
+    placed = ModelOnMesh(config, read_config(base)[0], build_mesh(MeshConfig(fsdp=1), jax.devices()[:1]))
+    trained, _ = placed.open_params()
+    export_adapter(tmp_path / "adapter", trained, placed.model, config.lora, "base", "float32")
+    file = tmp_path / "adapter" / "adapter_config.json"
+    fields = json.loads(file.read_text())
+    assert fields["rank_pattern"]
+    assert fields["alpha_pattern"]
+    fields |= {name: {} for name in ("rank_pattern", "alpha_pattern") if gone in (name, "both")}
+    file.write_text(json.dumps(fields))
+    lora = dataclasses.replace(config.lora, init_from=str(tmp_path / "adapter"))
+    again = dataclasses.replace(placed, config=dataclasses.replace(config, lora=lora))
+    # Of PEFT's own, without any, the parts share one rank, which the tensors then do not have.
+    with pytest.raises(StorageError if gone == "both" else ConfigError, match=r"Same base|only one rank and alpha"):
+        again.open_params()
 
 
 HEAD, EMBEDDING = np.ones((40, 16), np.float32), np.full((40, 16), 2, np.float32)

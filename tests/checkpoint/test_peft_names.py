@@ -10,6 +10,7 @@ from sft_jax.checkpoint.peft import adapter_config
 from sft_jax.checkpoint.peft_names import AdapterTensor, adapter_tensors
 from sft_jax.config_schema import Config, LoraConfig, MeshConfig
 from sft_jax.datatypes import ConfigError
+from sft_jax.model.families import find_moe
 from sft_jax.placed_model import ModelOnMesh
 from sft_jax.sharding import build_abstract_mesh
 
@@ -22,7 +23,7 @@ def name_tensors(family: str, **lora) -> tuple[list[AdapterTensor], dict[str, An
     model, _ = read_config(GOLDENS / family)
     placed = ModelOnMesh(config, model, build_abstract_mesh(MeshConfig(fsdp=1), 1))
     shapes = {path: leaf.shape for path, leaf in placed.leaves[0].items()}
-    tensors = list(adapter_tensors(model, shapes))
+    tensors = list(adapter_tensors(model, config.lora, shapes))
     return tensors, adapter_config(tensors, model, config.lora, "base")
 
 
@@ -45,6 +46,43 @@ def test_what_trains_whole_is_named_as_the_module_that_transformers_has(family: 
     assert {name.rpartition(".")[0] for name in saved} == {
         f"base_model.model.{name}" for name in fields["modules_to_save"]
     }
+
+
+@pytest.mark.parametrize(
+    ("family", "container", "maps"),
+    [
+        ("mixtral", "block_sparse_moe", ("w1", "w3", "w2")),
+        ("qwen3_moe", "mlp", ("gate_proj", "up_proj", "down_proj")),  # its first layer is dense, and has no adapter
+        ("deepseek_v3", "mlp", ("gate_proj", "up_proj", "down_proj")),
+    ],
+)
+@pytest.mark.parametrize("targets", [("experts.*",), ("experts.down", "o_proj")])
+def test_each_expert_has_the_names_of_its_files(family: str, container: str, maps: tuple[str, ...], targets) -> None:
+    tensors, fields = name_tensors(family, targets=targets)
+    maps = maps if "experts.*" in targets else maps[2:]
+    experts = {tensor.module.split(".", 3)[3] for tensor in tensors if tensor.is_of_experts}
+    model, _ = read_config(GOLDENS / family)
+    numbers = range(find_moe(model).num_experts)
+    assert experts == {f"{container}.experts.{number}.{name}" for number in numbers for name in maps}
+    assert fields["target_modules"] == sorted({*maps, *targets[1:]})
+    assert fields["rank_pattern"] == fields["alpha_pattern"] == {}
+
+
+@pytest.mark.parametrize(
+    ("family", "lora", "message"),
+    [
+        ("mixtral", {"targets": ("experts.(gate|up)",)}, "targets: of the experts' maps, gate and up alone"),
+        ("mixtral", {"targets": ("experts.(down|up)",)}, "targets: of the experts' maps, down and up alone"),
+        ("mixtral", {"targets": ("experts.*",), "use_rslora": True}, "use_rslora: is set, and PEFT"),
+        ("gpt_oss", {"targets": ("experts.*",)}, "targets: model.layers.0.mlp.experts.gate_up_proj stands beside"),
+        ("qwen3_moe", {"targets": ("mlp.gate_proj",)}, "targets: model.layers.0.mlp.gate_proj.weight stands beside"),
+        ("deepseek_v3", {"targets": (".*",)}, "targets: model.layers.0.mlp.gate_proj.weight stands beside"),
+        ("deepseek_v3", {"targets": ("mlp.shared.up",)}, "mlp.shared_experts.up_proj.weight stands beside"),
+    ],
+)
+def test_adapters_that_peft_would_read_otherwise_are_refused(family: str, lora, message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        name_tensors(family, **lora)
 
 
 @pytest.mark.parametrize(

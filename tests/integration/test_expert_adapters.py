@@ -1,6 +1,5 @@
 """Adapters of experts, in float64: no effect at the start, the merged model's numbers, no mesh in the result."""
 
-import dataclasses
 from pathlib import Path
 
 import jax
@@ -10,7 +9,6 @@ import pytest
 
 from sft_jax.checkpoint.hf import open_sources, read_config
 from sft_jax.checkpoint.param_source import ParamSource, read_box
-from sft_jax.checkpoint.peft_names import adapter_tensors
 from sft_jax.config_schema import (
     BatchConfig,
     Config,
@@ -178,18 +176,6 @@ def test_one_expert_is_merged_at_a_time(quantize):
     read_box(source, tuple(slice(0, size) for size in source.shape), "float32")
     parts = [kernel, *(trained[f"layers.0.0.mlp.experts.up.lora_{name}"] for name in "ab")]
     assert {shape[:2] for part in parts for shape in part.boxes} == {(1, 1)}
-
-
-def test_peft_has_no_form_for_them():
-    shapes = {path: leaf.shape for path, leaf in place().leaves[0].items()}
-    with pytest.raises(ConfigError, match=r"mlp\.experts\.0\.gate_proj.* is of a model with experts"):
-        list(adapter_tensors(MODEL, shapes))
-    dense = same_layers(1, dataclasses.replace(MODEL.layers[0].pattern[0], moe=None))
-    mixed = dataclasses.replace(MODEL, layers=(*dense, *MODEL.layers))
-    with pytest.raises(ConfigError, match=r"layers\.0\.mlp\.gate_proj.* is of a model with experts"):
-        list(adapter_tensors(mixed, {f"layers.0.0.mlp.gate.{name}": (1, 4, 4) for name in ("lora_a", "lora_b")}))
-    attention = {path: leaf.shape for path, leaf in place(targets=("q_proj",)).leaves[0].items()}
-    assert len(list(adapter_tensors(MODEL, attention))) == 4
 
 
 @pytest.mark.parametrize("option", [{"use_dora": True}, {"dropout": 0.1}])

@@ -48,7 +48,7 @@ class Column(NamedTuple):
 _ADAPTERS = "tests/integration/test_adapter_families.py"
 _ADAPTER_CASES = _cases(_ADAPTERS, "test_merged_equals_adapter")
 _ADAPTED = frozenset(map(_family, _ADAPTER_CASES["folder"]))
-_OF_MIXTURES = "yes; on MLPs and experts without a PEFT folder"
+_OF_MIXTURES = "yes; [PEFT folders](adapters.md) of some parts"
 
 COLUMNS = {
     "full": Column("tests/parity/test_golden_parity.py", frozenset(map(_family, _GOLDENS))),
