@@ -89,6 +89,7 @@ def run(config: Config, console: Console | None = None) -> epath.Path:
         opened = Opened(config, renderer, placed, data, open_evaluators(placed, renderer))
         if config.checkpoint.export:
             check_export_target(opened.run_dir / "export")
+            check_export_target(opened.run_dir / "adapter")
         make_run_dir(opened.run_dir)
         generation, base_name = read_generation_config(config.model.path), name_base(config.model.path)
         with open_manager(opened) as manager:

@@ -122,7 +122,8 @@ def test_another_base_or_adapter_is_refused(folder, capsys, change, message):
 
 
 def test_export_gives_the_adapter_or_the_merged_model(folder, capsys):
-    config, there = Path("run/config.json"), Path("run/config.json").read_text()
+    config = folder / "run" / "config.json"
+    there = config.read_text()
     fields = json.loads(there)
     fields["mesh"]["fsdp"] = 64  # the run's devices are not needed
     config.write_text(json.dumps(fields))

@@ -117,6 +117,7 @@ def load_base(folder: Path) -> Any:
     return transformers.AutoModelForCausalLM.from_pretrained(folder, **kernels).eval()
 
 
+@pytest.mark.filterwarnings("ignore:The following (rank|alpha)_pattern keys")  # of experts that it joins
 @pytest.mark.parametrize("variant", VARIANTS | OF_EXPERTS, indirect=True)
 def test_peft_loads_what_we_export(variant, tmp_path: Path) -> None:
     folder, lora = variant
