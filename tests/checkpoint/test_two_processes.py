@@ -2,12 +2,19 @@
 
 from pathlib import Path
 
+import jax
+import numpy as np
 import pytest
 import safetensors.numpy
 from llama_folder import TINY, llama_tensors, write_folder
 from two_processes import run_two_processes
 
+from sft_jax.checkpoint.hf import read_config
+from sft_jax.checkpoint.peft import export_adapter
 from sft_jax.cli.convert import main as convert
+from sft_jax.config_schema import Config, LoraConfig, MeshConfig, ModelConfig
+from sft_jax.placed_model import ModelOnMesh
+from sft_jax.sharding import build_mesh
 
 _WORKER = """
 import sys
@@ -33,7 +40,25 @@ for name, dtype in (("occupied", "float32"), ("narrow", "float16")):
         export(folder / name, params, TINY, dtype)
     except StorageError as error:
         print(f"{name}: {error}")
+from test_two_processes import export_drawn_adapter
+export_drawn_adapter(folder / "model", folder / "adapter")
+try:
+    export_drawn_adapter(folder / "model", folder / "occupied")
+except StorageError as error:
+    print(f"adapter: {error}")
 """
+
+
+def export_drawn_adapter(base: Path, target: Path) -> None:
+    """An adapter of random values, from however many processes hold it."""
+    lora = LoraConfig(rank=4, targets=("all-linear",), modules_to_save=("embed_tokens",))
+    config = Config(model=ModelConfig(path=str(base)), lora=lora, mesh=MeshConfig(fsdp=2, tensor=4))
+    placed = ModelOnMesh(config, read_config(base)[0], build_mesh(config.mesh))
+    rng, trained = np.random.default_rng(0), {}
+    for path, leaf in placed.leaves[0].items():
+        values = rng.normal(size=leaf.shape).astype("float32")
+        trained[path] = jax.make_array_from_callback(leaf.shape, placed.shardings[path], lambda at, v=values: v[at])
+    export_adapter(target, trained, placed.model, lora, "base", "float32")
 
 
 @pytest.fixture(scope="module")
@@ -60,9 +85,16 @@ def test_what_goes_in_comes_out(folder: Path, said: list[str], name: str) -> Non
     assert {n: v.tobytes() for n, v in exported.items()} == {n: v.tobytes() for n, v in llama_tensors(TINY).items()}
 
 
+def test_an_adapter_is_that_of_one_process(folder: Path, said: list[str]) -> None:
+    export_drawn_adapter(folder / "model", folder / "by-one")
+    for name in ("adapter_model.safetensors", "adapter_config.json"):
+        assert (folder / "adapter" / name).read_bytes() == (folder / "by-one" / name).read_bytes()
+
+
 def test_where_one_process_cannot_write_all_say_so(folder: Path, said: list[str]) -> None:
     assert "holds mine.txt, which no export of ours wrote" in said[0]
     assert "occupied: process 0 could not write the export" in said[1]
     for out in said:
+        assert "adapter: " in out
         assert "mlp.up_proj.weight has NaN or infinite values (as float16)" in out
     assert not (folder / "narrow").exists()

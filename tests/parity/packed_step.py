@@ -13,6 +13,7 @@ from sft_jax.config_schema import BatchConfig, Config, LossConfig, MeshConfig, M
 from sft_jax.datatypes import HostBatch
 from sft_jax.model.families import TransformerConfig
 from sft_jax.model.param_dims import logical_dims
+from sft_jax.model.transformer import Params
 from sft_jax.sharding import build_mesh, place_batch, shardings_for
 from sft_jax.training.optimizer import build_optimizer
 from sft_jax.training.state import init_state
@@ -26,6 +27,25 @@ def step_loss_and_grads(
     folder: Path, batch: dict[str, np.ndarray], mesh_config: MeshConfig, num_devices: int, grad_accum_steps: int = 1
 ) -> tuple[float, dict[str, np.ndarray]]:
     """(loss, gradients under the folder's names) of one step in float32."""
+    model, params, trained, loss = train_one_step(
+        folder, batch, mesh_config, num_devices, grad_accum_steps, learning_rate=_LEARNING_RATE
+    )
+    grads = {
+        path: (np.asarray(params[path], np.float64) - np.asarray(trained[path])) / _LEARNING_RATE for path in params
+    }
+    return loss, named_tensors(grads, model)
+
+
+def train_one_step(
+    folder: Path,
+    batch: dict[str, np.ndarray],
+    mesh_config: MeshConfig,
+    num_devices: int,
+    grad_accum_steps: int = 1,
+    *,
+    learning_rate: float,
+) -> tuple[TransformerConfig, Params, Params, float]:
+    """(config, parameters before and after, loss) of plain gradient descent in float32."""
     config = Config(
         model=ModelConfig(compute_dtype="float32"),
         batch=BatchConfig(batch_size=len(batch["inputs"]), grad_accum_steps=grad_accum_steps),
@@ -38,15 +58,11 @@ def step_loss_and_grads(
     shardings = shardings_for(mesh, {path: logical_dims(path) for path in shapes}, shapes)
     params = load_pretrained(folder, model, shardings, "float32")
     optimizer = build_optimizer(config.optimizer)
-    step = make_train_step(config, model, optimizer, optax.constant_schedule(_LEARNING_RATE), mesh)
+    step = make_train_step(config, model, optimizer, optax.constant_schedule(learning_rate), mesh)
     origins = ((),) * len(batch["inputs"])
     placed = place_batch(HostBatch(step=0, **batch, origins=origins), mesh, config.batch.batch_size)
     state, metrics = jax.jit(step)(init_state(params, optimizer), {}, placed)
-    grads = {
-        path: (np.asarray(params[path], np.float64) - np.asarray(state.params[path])) / _LEARNING_RATE
-        for path in params
-    }
-    return float(metrics["loss"]), named_tensors(grads, model)
+    return model, params, state.params, float(metrics["loss"])
 
 
 def named_tensors(params: Mapping[str, np.ndarray], config: TransformerConfig) -> dict[str, np.ndarray]:
