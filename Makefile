@@ -4,7 +4,7 @@ BIN := .venv/bin
 PARITY := .venv-parity/bin
 CONSTRAIN := $(if $(shell $(PYTHON) -c 'import sys; print("y" if sys.version_info[:2] == (3, 11) else "")'),-c constraints.txt)
 
-.PHONY: demo test test-slow test-parity test-faults format clean
+.PHONY: demo test test-slow test-parity test-faults audit format clean
 
 demo: .venv/ready
 	$(BIN)/python -m sft_jax.cli.demo
@@ -25,6 +25,11 @@ test-parity: .venv-parity/ready
 # Trials of a row of docs/reliability.md until there are N, such as make test-faults ROW=flip N=2000
 test-faults: .venv/ready
 	$(BIN)/python tests/faults/count.py $(ROW) $(N)
+
+# Known holes in what constraints.txt pins; asks the network.
+audit: .venv/ready
+	$(BIN)/python -m pip install --quiet pip-audit
+	$(BIN)/pip-audit --no-deps --disable-pip -r constraints.txt
 
 format: .venv/ready
 	$(BIN)/ruff check --fix .

@@ -2,16 +2,20 @@
 
 import argparse
 import difflib
+import functools
 import json
 import logging
+import re
 import runpy
 import signal
 import sys
 import warnings
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 import ml_collections
+import yaml
 from absl import flags
 from ml_collections import config_flags
 
@@ -46,7 +50,8 @@ def config_parser(prog: str, description: str, example: str) -> argparse.Argumen
     """A parser whose unknown arguments are left for `read_config`; its help ends with the example."""
     return argparse.ArgumentParser(
         prog=prog,
-        description=f"{description} Takes --config=FILE.py (or a run's config.json) and --config.section.field=value.",
+        description=f"{description} Takes --config=FILE (.py, .yaml, .json, or a run's config.json) and "
+        "--config.section.field=value.",
         epilog=f"example: {example}",
         allow_abbrev=False,
     )
@@ -61,7 +66,8 @@ def read_config(args: Sequence[str]) -> Config:
     path, rest = _split_config_path(args)
     if not Path(path).is_file():
         raise ConfigError(
-            f"--config={path}: no such file. Name a Python file with get_config(), or a run's config.json."
+            f"--config={path}: no such file. Name a Python file with get_config(), a YAML or JSON file, or a run's "
+            "config.json."
         )
     values, argv = flags.FlagValues(), ["sft_jax", *rest]
     loaded = _load_config_dict(path)
@@ -95,21 +101,53 @@ def _check_override(config: ml_collections.ConfigDict, arg: str) -> None:
 
 
 def _load_config_dict(path: str) -> ml_collections.ConfigDict:
-    """What `get_config()` of a Python file returns, or the fields of a run's `config.json` over the defaults."""
-    config = default_config()
+    """What `get_config()` of a Python file returns; or the fields of a JSON or YAML file, which runs nothing, over the
+    defaults."""
+    config, parse = default_config(), _PARSERS.get(Path(path).suffix)
+    expected = "a section for each part of the config, with the fields that differ from the defaults"
     try:
-        if path.endswith(".json"):
-            config.update(json.loads(Path(path).read_text()))
+        if parse:
+            config.update(parse(Path(path).read_text()))
         else:
+            expected = "get_config(), which returns what sft_jax.config.default_config() gives, changed"
             config = runpy.run_path(path)["get_config"]()
     except (Exception, SystemExit) as error:  # it is the user's program: whatever it raises, it is the config's error
         raise ConfigError(
-            f"--config={path}: {type(error).__name__}: {error}. It must define get_config(), which returns what "
-            "sft_jax.config.default_config() gives, changed. --debug shows where it failed."
+            f"--config={path}: {type(error).__name__}: {error}. It must have {expected}. --debug shows where it failed."
         ) from error
     if not isinstance(config, ml_collections.ConfigDict):
         raise ConfigError(f"--config={path}: get_config() returns {type(config).__name__}; expected a ConfigDict.")
     return config
+
+
+class _Yaml(yaml.SafeLoader):
+    """No key twice, of which the last would count; and 1e-5 is a number, as in JSON."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        _each_once([(key.value, None) for key, _ in node.value])
+        return super().construct_mapping(node, deep)
+
+
+_Yaml.add_implicit_resolver("tag:yaml.org,2002:float", re.compile(r"[-+]?\d+(\.\d*)?[eE][-+]?\d+$"), [*"-+0123456789"])
+
+
+def _each_once(pairs: list[tuple[Any, Any]]) -> dict[Any, Any]:
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        twice = next(key for key in found if [name for name, _ in pairs].count(key) > 1)
+        raise ValueError(f"{twice!r} is there twice")
+    return found
+
+
+def _parse_yaml(text: str) -> Any:
+    return yaml.load(text, _Yaml)  # a SafeLoader
+
+
+_PARSERS: dict[str, Callable[[str], Any]] = {
+    ".json": functools.partial(json.loads, object_pairs_hook=_each_once),
+    ".yaml": _parse_yaml,
+    ".yml": _parse_yaml,
+}
 
 
 def _split_config_path(args: Sequence[str]) -> tuple[str, list[str]]:

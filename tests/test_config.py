@@ -235,3 +235,36 @@ def test_every_option_is_read_below_the_door():
     for section in dataclasses.fields(Config):
         for field in dataclasses.fields(section.default_factory):
             assert field.name in read | inside | set(MESH_AXES), f"{section.name}.{field.name} is never read"
+
+
+FILES = {
+    "new.yaml": "run: {dir: there}\nmodel: {preset: testbed}\noptimizer:\n  learning_rate: 1e-3\n"
+    "data:\n  tokenizer: t\n  train:\n  - {path: a.jsonl, name: a}\n",
+    "new.json": '{"run": {"dir": "there"}, "model": {"preset": "testbed"}, "optimizer": {"learning_rate": 1e-3}, '
+    '"data": {"tokenizer": "t", "train": [{"path": "a.jsonl", "name": "a"}]}}',
+}
+
+
+@pytest.mark.parametrize("name", FILES)
+def test_a_config_that_is_no_program(tmp_path, name):
+    (tmp_path / name).write_text(FILES[name])
+    config = read_config([f"--config={tmp_path / name}", "--config.run.seed=3"])
+    assert (config.run.dir, config.run.seed, config.optimizer.learning_rate) == ("there", 3, 1e-3)
+    assert config.data.train[0].name == "a"
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "message"),
+    [
+        ("a.yaml", "run: {dir: a}\nrun: {dir: b}\n", "'run' is there twice"),
+        ("a.json", '{"run": {"dir": "a", "dir": "b"}}', "'dir' is there twice"),
+        ("a.yaml", "run: !!python/object/apply:os.system ['true']\n", "ConstructorError"),
+        ("a.yaml", "runs: {dir: a}\n", "runs"),
+        ("a.yml", "run: [", "ParserError"),
+        ("a.yaml", "run\n", "It must have a section for each part"),
+    ],
+)
+def test_a_config_file_that_is_wrong(tmp_path, name, text, message):
+    (tmp_path / name).write_text(text)
+    with pytest.raises(ConfigError, match=message):
+        read_config([f"--config={tmp_path / name}"])
