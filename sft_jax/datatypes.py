@@ -45,6 +45,12 @@ class StorageError(SftError):
     exit_code = 5
 
 
+class MachineError(SftError):
+    """A process or a device does not do what it should: it is stuck, gone, or computes wrongly."""
+
+    exit_code = 6
+
+
 PREEMPTED_EXIT_CODE = 75
 """Exit status of a run that was told to stop (SIGTERM) and saved its last finished step."""
 
