@@ -157,6 +157,8 @@ _AT_LEAST: dict[str, float] = {
     "checkpoint.keep_latest": 1, "checkpoint.keep_every": 0, "log.every_steps": 1, "run.seed": 0,
     "data.max_bad_fraction": 0, "data.prompt_loss_weight": 0,
     "optimizer.b1": 0, "optimizer.b2": 0, "optimizer.eps": 0,
+    "spikes.window": 0, "spikes.threshold": 0, "spikes.max_rewinds": 1,
+    "watch.stall_factor": 0, "watch.stall_seconds": 0.1, "watch.replicas_every": 0,
 }  # fmt: skip
 _AT_MOST: dict[str, float] = {
     "data.max_bad_fraction": 1, "data.prompt_loss_weight": 1,
@@ -234,6 +236,7 @@ def validate(config: Config) -> list[str]:
     of_saved = saved > 0 and kept % saved == 0
     expected = f"expected a multiple of checkpoint.every_steps, {saved}"
     require(kept <= 0 or of_saved, "checkpoint.keep_every", f"is {kept}; {expected}.")
+    require(config.spikes.window > 0 or not config.spikes.rewind, "spikes.rewind", "is true, and spikes.window is 0.")
     for path in ("loss.label_smoothing", "optimizer.b1", "optimizer.b2", "lora.dropout"):
         require(get(path) is None or get(path) < 1, path, f"is {get(path)}; expected below 1.")
     require(bool(config.run.dir), "run.dir", "is empty. Name a folder for the run.")

@@ -273,6 +273,33 @@ class EvaluationConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
+class SpikeConfig:
+    """Steps whose loss or gradient norm jumps: logged as `spike/loss` and `spike/grad_norm`."""
+
+    window: int = 100
+    """Steps whose median says what is usual; 0: jumps are not looked for."""
+    threshold: float = 10.0
+    """A jump is so many robust standard deviations (1.48 median distances from the median) above the median."""
+    rewind: bool = False
+    """Go back from a jump to the last checkpoint, and pass over its batch. Before the first one it is only logged."""
+    max_rewinds: int = 3
+    """So often in a run; further jumps are only logged."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class WatchConfig:
+    """What looks whether the machines do what they should; if not, the run ends with status 6."""
+
+    stall_factor: float = 20.0
+    """A step that takes so many times as long as steps do is stuck; 0: none is."""
+    stall_seconds: float = 300.0
+    """No step is stuck before."""
+    replicas_every: int = 0
+    """Compare the copies of parameters and optimizer state that several devices hold every so many steps, and before
+    each save; 0: never."""
+
+
+@dataclass(frozen=True, kw_only=True)
 class CheckpointConfig:
     every_steps: int = 500
     """Save every so many steps, besides the last; 0: only the last."""
@@ -308,6 +335,8 @@ class Config:
     mesh: MeshConfig = field(default_factory=MeshConfig)
     lora: LoraConfig = field(default_factory=LoraConfig)
     evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
+    spikes: SpikeConfig = field(default_factory=SpikeConfig)
+    watch: WatchConfig = field(default_factory=WatchConfig)
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
     log: LogConfig = field(default_factory=LogConfig)
 

@@ -32,7 +32,7 @@ from sft_jax.sharding import (
     rows_of_process,
 )
 from sft_jax.training.evaluation import Evaluator, make_held_out_loss
-from sft_jax.training.loop import EarlyStopping
+from sft_jax.training.loop import Memory
 from sft_jax.training.optimizer import build_schedule
 from sft_jax.training.state import TrainState, init_state
 from sft_jax.training.step import make_eval_step, make_train_step
@@ -187,7 +187,7 @@ class Start:
 
     state: TrainState
     frozen: Params
-    stopping: EarlyStopping
+    memory: Memory
     overrides: tuple[dict[str, Any], ...] = ()
     """Each resume on other data that `config.run.override_fingerprint` has let through: its step, and what changed."""
     passed_over: tuple[str, ...] = ()
@@ -205,7 +205,8 @@ def open_start(placed: ModelOnMesh, reader: CheckpointReader, data: PackedDatase
     latest, passed_over = found.step, tuple(found.rejected)
     if latest is None:
         trainable, frozen = placed.open_params()
-        return Start(init_state(trainable, placed.optimizer), frozen, EarlyStopping(), passed_over=passed_over)
+        memory = Memory.from_meta({}, placed.config.spikes)
+        return Start(init_state(trainable, placed.optimizer), frozen, memory, passed_over=passed_over)
     meta = reader.read_meta(latest)
     in_model = describe_changes(meta["model"], placed.identity)
     in_data = refuse_changes(placed.config, latest, meta["data"], data.fingerprint_fields, in_model)
@@ -213,8 +214,8 @@ def open_start(placed: ModelOnMesh, reader: CheckpointReader, data: PackedDatase
     if in_data:
         overrides += ({"step": latest, "changes": in_data},)
     restored, meta = reader.restore(latest, vars(placed.abstract_state))
-    stopping = EarlyStopping.from_json(meta["stopping"])
-    return Start(TrainState(**restored), placed.open_frozen(), stopping, overrides, passed_over)
+    memory = Memory.from_meta(meta, placed.config.spikes)
+    return Start(TrainState(**restored), placed.open_frozen(), memory, overrides, passed_over)
 
 
 def check_model(config: Config, model: TransformerConfig, reader: CheckpointReader, step: int) -> None:

@@ -3,11 +3,13 @@
 python -m sft_jax.main --config=configs/demo.py --config.run.dir=runs/demo
 """
 
+import contextlib
 import dataclasses
 import json
 import math
+import os
 import sys
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import jax
@@ -44,13 +46,15 @@ from sft_jax.experiment import (
 )
 from sft_jax.model.families import num_params, train_flops_per_token
 from sft_jax.model.transformer import Params
-from sft_jax.processes import coordinator, join_processes, leave, process_place
+from sft_jax.processes import coordinator, join_processes, leave, process_place, wait_for_verdict
 from sft_jax.provenance import describe_environment
 from sft_jax.training.evaluation import Evaluator
 from sft_jax.training.loop import Trainer
 from sft_jax.training.metrics import MetricsWriter, ProgressReporter, StepMeter
+from sft_jax.training.replicas import ReplicaCheck
 from sft_jax.training.state import TrainState
 from sft_jax.training.stop_signal import Preempted, StopSignal
+from sft_jax.training.watchdog import Watchdog
 
 
 @dataclasses.dataclass(frozen=True)
@@ -90,9 +94,8 @@ def run(config: Config, console: Console | None = None) -> epath.Path:
         if config.checkpoint.export:
             check_export_target(opened.run_dir / "export")
             check_export_target(opened.run_dir / "adapter")
-        make_run_dir(opened.run_dir)
         generation, base_name = read_generation_config(config.model.path), name_base(config.model.path)
-        with open_manager(opened) as manager:
+        with private_files(), open_manager(opened) as manager:
             state, frozen = train(opened, manager, console, stop_signal)
             if config.checkpoint.export:
                 export(opened, manager, console, state, frozen, generation, base_name)
@@ -100,6 +103,7 @@ def run(config: Config, console: Console | None = None) -> epath.Path:
 
 
 def open_manager(opened: Opened) -> CheckpointManager:
+    make_run_dir(opened.run_dir)
     checkpoint = opened.config.checkpoint
     return CheckpointManager(
         opened.run_dir,
@@ -117,7 +121,7 @@ def train(
     """As the only trainer in the run directory. Returns the state after the last step, and the frozen parameters."""
     config, placed, data, run_dir = opened.config, opened.placed, opened.data, opened.run_dir
     start = open_start(placed, manager, data)
-    step, stopping = int(start.state.step), start.stopping
+    step = int(start.state.step)
     if step > data.num_steps:
         raise ConfigError(
             f"config.schedule: asks for {data.num_steps} steps, and {run_dir} has already done {step}. "
@@ -130,6 +134,7 @@ def train(
         describe_start(console, start, data.num_steps)
     writer = MetricsWriter(run_dir, step, config.log.tensorboard)
     progress = ProgressReporter(console, data.num_steps, step)
+    watchdog = Watchdog(config.watch.stall_factor, config.watch.stall_seconds)
     trainer = Trainer(
         config=config,
         run_dir=run_dir,
@@ -139,18 +144,23 @@ def train(
         evaluators=opened.evaluators,
         manager=manager,
         meta={"data": data.fingerprint_fields, "model": placed.identity, "overrides": list(start.overrides)},
+        abstract_state=placed.abstract_state,
         meter=StepMeter(data.source_names, train_flops_per_token(placed.model, config.data.max_seq_len)),
         writer=writer,
         progress=progress,
         stop_signal=stop_signal,
+        watchdog=watchdog,
+        replicas=ReplicaCheck((start.state, start.frozen), placed.mesh) if config.watch.replicas_every else None,
     )
     try:
-        state = trainer.train(start.state, start.frozen, stopping)
+        state = trainer.train(start.state, start.frozen, start.memory)
     finally:
+        watchdog.close()
         progress.close()
         writer.close()
     if int(state.num_updates) == 0:
         raise NumericError(f"config.run.dir: {run_dir}: every step was skipped as non-finite; nothing was trained.")
+    stopping = start.memory.stopping
     if stopping.stopped:
         console.print(
             f"stopped early at step {int(state.step)}: {config.evaluation.stop_by} has had no better loss for "
@@ -199,6 +209,16 @@ def export(
             console.print(f"adapter alone in {run_dir / 'adapter'}", soft_wrap=True)
         except ConfigError as error:  # PEFT has no form for it, and the merged model is there
             console.print(f"no adapter folder: {error}", soft_wrap=True)
+
+
+@contextlib.contextmanager
+def private_files() -> Iterator[None]:
+    """What is written within is for its owner alone: 0700 and 0600."""
+    before = os.umask(0o077)
+    try:
+        yield
+    finally:
+        os.umask(before)
 
 
 def make_run_dir(run_dir: epath.Path) -> None:
@@ -267,6 +287,9 @@ def main(args: list[str]) -> int:
     config = read_config([*rest, *short])
     try:
         run(config)
+    except jax.errors.JaxRuntimeError:
+        wait_for_verdict()
+        raise
     except Preempted as stop:
         print(f"preempted: {stop}", file=sys.stderr)
         if coordinator() is not None:

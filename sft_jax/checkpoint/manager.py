@@ -101,6 +101,11 @@ class CheckpointManager(CheckpointReader):
         """Raises StorageError as `wait`; the lock is released all the same."""
         self.__exit__(None, None, None)
 
+    @property
+    def last_saved(self) -> int | None:
+        """The newest step that is on disk and proved, of those that this process has restored or saved."""
+        return self._last_saved
+
     def find_restorable(self) -> Found:
         """As a reader's; damaged steps that are newer go to the quarantine."""
         found = self._remember(find_restorable(self.folders, self.folders.quarantine, self._allow_fresh))

@@ -84,21 +84,29 @@ class MetricsWriter:
     """
 
     def __init__(self, run_dir: epath.Path, start_step: int, tensorboard: bool) -> None:
-        self._path = run_dir / "metrics.jsonl"
-        self._writes = jax.process_index() == 0
-        self._lines: list[str] = []
+        self._run_dir, self._path = run_dir, run_dir / "metrics.jsonl"
+        self._writes, self._uses_tensorboard = jax.process_index() == 0, tensorboard
         self._tensorboard = None
-        if not self._writes:
-            return
+        if self._writes:
+            self._open(start_step)
+
+    def _open(self, start_step: int) -> None:
+        lines: list[str] = []
         if self._path.exists():
             lines = self._path.read_text().split("\n")[:-1]  # what follows the last newline was being written
-            self._lines = [line for line in lines if json.loads(line)["step"] <= start_step]
-        self._path.write_text("".join(line + "\n" for line in self._lines))
+            lines = [line for line in lines if json.loads(line)["step"] <= start_step]
+        self._path.write_text("".join(line + "\n" for line in lines))
         self._file = self._path.open("a")
-        if tensorboard:
+        if self._uses_tensorboard:
             from tensorboardX import SummaryWriter  # half a second of import, only where it is used
 
-            self._tensorboard = SummaryWriter(str(run_dir / "tensorboard"), purge_step=start_step + 1)
+            self._tensorboard = SummaryWriter(str(self._run_dir / "tensorboard"), purge_step=start_step + 1)
+
+    def rewind(self, step: int) -> None:
+        """Drop the records after `step`: those steps are about to be done again."""
+        self.close()
+        if self._writes:
+            self._open(step)
 
     def write(self, step: int, record: Record) -> None:
         if not self._writes:
@@ -148,6 +156,10 @@ class ProgressReporter:
             self._bar.update(self._task, completed=step, text=text)
         elif self._speaks:
             self._console.print(f"step {step}/{self._num_steps}  {text}", highlight=False, soft_wrap=True)
+
+    def say(self, text: str) -> None:
+        if self._speaks:
+            self._console.print(text, style="yellow", highlight=False, soft_wrap=True)
 
     def close(self) -> None:
         if self._bar:

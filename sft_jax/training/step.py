@@ -61,8 +61,8 @@ def make_train_step(
         directions, opt_state = optimizer.update(grads, state.opt_state, state.params)
         learning_rate = jnp.asarray(schedule(state.num_updates))
         params = jax.tree.map(lambda p, d: p - (learning_rate * d).astype(p.dtype), state.params, directions)
-        # The direction too: a moment may overflow where loss and gradient did not.
-        finite = jnp.isfinite(loss) & jnp.isfinite(grad_norm) & jnp.isfinite(optax.tree.norm(directions))
+        # The direction too: a moment may overflow where loss and gradient did not. A loss whose square does is none.
+        finite = jnp.isfinite(loss * loss) & jnp.isfinite(grad_norm) & jnp.isfinite(optax.tree.norm(directions))
         new = TrainState(
             step=state.step + 1,
             num_updates=state.num_updates + finite,

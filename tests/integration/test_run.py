@@ -142,17 +142,6 @@ def test_killed_three_times_equals_uninterrupted_bit_for_bit(world, uninterrupte
     assert_same_run(config, uninterrupted)
 
 
-def test_sigterm_saves_the_last_finished_step(world, uninterrupted):
-    config = world("stopped")
-    process = start(config, "--config.checkpoint.every_steps=0", "--config.checkpoint.best_by=")
-    signal_at(process, config, 12, signal.SIGTERM)
-    _, err = finish(process, 75)
-    assert saved_steps(config) == [max(record["step"] for record in records(config))]
-    assert "Run the same command to go on" in err
-    finish(start(config))
-    assert_same_run(config, uninterrupted)
-
-
 def test_run_directory(uninterrupted):
     run = uninterrupted.with_suffix("")
     names = {path.name for path in run.iterdir()}
@@ -166,6 +155,7 @@ def test_run_directory(uninterrupted):
         "export",
     }
     assert files <= names
+    assert [str(path) for path in [run, *run.rglob("*")] if path.stat().st_mode & 0o077] == []
     report = json.loads((run / "data_report.json").read_text())
     assert report["rows_read"] == report["rows_trained"] + report["rows_bad"] + report["rows_dropped"] == 300
     first = records(uninterrupted)[0]
