@@ -13,9 +13,14 @@ import time
 from pathlib import Path
 from typing import Any
 
+sys.path.append(str(Path(__file__).parents[2] / "launch"))
 os.environ["JAX_PLATFORMS"] = "cpu"
 os.environ["XLA_FLAGS"] = "--xla_force_host_platform_device_count=8"
+from kill_rows import KILL_ROWS
+from number_rows import NUMBER_ROWS, NumberLab
+from rank_rows import RANK_ROWS, RankLab
 from rows import ROWS, Lab
+from save_rows import SAVE_ROWS
 from stop_rows import STOP_ROWS
 from training import TrainingLab
 
@@ -34,9 +39,11 @@ def count_trials(row: str) -> tuple[int, int]:
 def main(row: str, wanted: int) -> None:
     commit = subprocess.run(["git", "describe", "--always", "--dirty"], capture_output=True, text=True).stdout.strip()
     first, _ = count_trials(row)
-    all_rows: dict[str, Any] = {**ROWS, **STOP_ROWS}
+    all_rows: dict[str, Any] = {**ROWS, **SAVE_ROWS, **STOP_ROWS, **KILL_ROWS, **NUMBER_ROWS, **RANK_ROWS}
+    labs = {Lab: ROWS | SAVE_ROWS, TrainingLab: STOP_ROWS | KILL_ROWS, NumberLab: NUMBER_ROWS, RankLab: RANK_ROWS}
+    (lab_of_row,) = (lab for lab, rows in labs.items() if row in rows)
     with tempfile.TemporaryDirectory() as scratch:
-        lab: Any = Lab(Path(scratch), SEED) if row in ROWS else TrainingLab(Path(scratch), SEED)
+        lab: Any = lab_of_row(Path(scratch), SEED)
         try:
             while first < wanted:
                 wrong, trial, end = [], first, time.monotonic() + _CHUNK_SECONDS

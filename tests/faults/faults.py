@@ -15,6 +15,7 @@ from typing import Any
 
 from sft_jax import main as main_module
 from sft_jax.checkpoint import manager as manager_module
+from sft_jax.checkpoint.step_folders import StepFolders
 from sft_jax.training import loop
 
 STALL_SECONDS = 60.0
@@ -91,18 +92,22 @@ POINTS: dict[str, Callable[[Callable[[Any], Any]], None]] = {
 }
 
 
-def send(point: str, at: int, number: int, log: str, stall: str = "", again: float = 0.0) -> None:
+def send(point: str, at: int, number: int, log: str, stall: str = "", again: float = 0.0, delay: float = 0.0) -> None:
     """A signal to this process at a point.
 
     Args:
       log: a file that gets the time of it.
       stall: what the point does from then on.
+      delay: seconds until it is sent, while the run goes on; 0: it is sent in the point.
       again: seconds until it is sent once more; 0: it is not.
     """
 
     def happen() -> None:
         with open(log, "a") as out:
             out.write(f"{time.time()}\n")
+        if delay:
+            threading.Timer(delay, os.kill, [os.getpid(), number]).start()
+            return
         if again:
             threading.Thread(target=lambda: (time.sleep(again), os.kill(os.getpid(), number)), daemon=True).start()
         os.kill(os.getpid(), number)
@@ -124,6 +129,26 @@ def count_steps(log: str) -> None:
         return call
 
     around_step(around)
+
+
+def jump(at: int, batch_size: int) -> None:
+    """The metrics of the step `at` say that the gradient has jumped, whenever its batch is trained on."""
+
+    def around(step: Callable[..., Any]) -> Callable[..., Any]:
+        def call(state: Any, frozen: Any, batch: Any) -> Any:
+            state, metrics = step(state, frozen, batch)
+            if int(batch.rows[0]) // batch_size + 1 == at:
+                metrics["grad_norm"] = metrics["grad_norm"] * 1e6
+            return state, metrics
+
+        return call
+
+    around_step(around)
+
+
+def see(run_dir: str) -> None:
+    """Looking for checkpoints, this process sees those of another folder."""
+    patch(manager_module, "find_restorable", lambda find: lambda _, *args: find(StepFolders(run_dir), *args))
 
 
 def send_to_all_when_workers_are(number: int, log: str, after: float) -> None:
@@ -154,6 +179,8 @@ def children(pid: int) -> list[int]:
 
 FAULTS = {
     "send_to_all_when_workers_are": send_to_all_when_workers_are,
+    "jump": jump,
+    "see": see,
     "send": send,
     "count_steps": count_steps,
 }

@@ -68,7 +68,9 @@ class Lab:
 
     def save_on_disk(self, run_dir: Path, first: int, number: int, what: int) -> dict:
         """What came of saving step 6 where, from the change `first` on, `number` are refused with errno `what`."""
-        trial = {"run_dir": str(run_dir), "step": 6, "first": first, "number": number, "what": what}
+        return self.ask_disk({"run_dir": str(run_dir), "step": 6, "first": first, "number": number, "what": what})
+
+    def ask_disk(self, trial: dict) -> dict:
         self.disk.stdin.write(json.dumps(trial) + "\n")
         self.disk.stdin.flush()
         return json.loads(self.disk.stdout.readline())

@@ -51,8 +51,8 @@ def group(lab: TrainingLab, trial: int) -> str:
     rng = random.Random(f"{lab.seed} {trial}")
     run_dir = lab.new()
     sent, rows = run_dir.with_suffix(".sent"), run_dir.with_suffix(".jsonl")
-    write_rows(rows, 30_000)
-    faults = {"send_to_all_when_workers_are": dict(number=signal.SIGTERM, log=str(sent), after=rng.uniform(0, 3.0))}
+    write_rows(rows, 5_000)
+    faults = {"send_to_all_when_workers_are": dict(number=signal.SIGTERM, log=str(sent), after=rng.uniform(0, 1.0))}
     store = run_dir.with_suffix(".store")
     args = [f"--config.data.train[0].path={rows}", "--config.data.prepare_processes=3"]
     args += [f"--config.data.store_dir={store}", "--config.schedule.num_steps=1"]

@@ -12,6 +12,7 @@ import damage
 import pytest
 from rows import ROWS, Lab, find_step
 from runs import content, files_of, make_state, restored_step, save_run
+from save_rows import SAVE_ROWS, memory
 
 from sft_jax.checkpoint.reader import CheckpointReader
 from sft_jax.datatypes import StorageError
@@ -45,6 +46,17 @@ def test_a_row_in_small(lab, row, count):
 @pytest.mark.parametrize(("row", "count"), [("kill-save", 6), ("errno", 8)])
 def test_a_disk_that_fails(lab, row, count):
     assert [problem for trial in range(count) if (problem := ROWS[row](lab, trial))] == []
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not shutil.which("cc") or sys.platform != "linux", reason="a disk that fails is made by cc")
+def test_fifty_saves_on_a_disk_that_fails_now_and_then(lab):
+    assert SAVE_ROWS["flaky"](lab, 0) == ""
+
+
+@pytest.mark.slow
+def test_saving_holds_one_copy_of_the_state_and_never_more(lab):
+    assert memory(lab, 0, megabytes=64, saves=40) == ""
 
 
 def test_where_no_step_is_whole_the_run_stops_until_a_fresh_start_is_asked_for(run_dir):

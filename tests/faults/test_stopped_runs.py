@@ -5,6 +5,7 @@ import threading
 import time
 
 import pytest
+from kill_rows import KILL_ROWS
 from stop_rows import STOP_ROWS
 from training import TrainingLab
 
@@ -18,13 +19,29 @@ def lab(tmp_path_factory):
     lab.close()
 
 
-@pytest.mark.parametrize("trial", [1, 4, 6], ids=["compile", "evaluation", "export"])
+@pytest.mark.parametrize("trial", [1, 4], ids=["compile", "evaluation"])
 def test_sigterm(lab, trial):
     assert STOP_ROWS["sigterm"](lab, trial) == ""
 
 
 def test_sigterm_to_all_processes_of_a_run(lab):
     assert STOP_ROWS["group"](lab, 0) == ""
+
+
+def test_a_jump_is_passed_over_and_so_it_is_after_a_kill(lab):
+    assert KILL_ROWS["rewind"](lab, 0) == ""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("trial", [0, 2, 3, 5, 6], ids=["restore", "step", "data", "save", "export"])
+def test_sigterm_in_the_other_phases(lab, trial):
+    assert STOP_ROWS["sigterm"](lab, trial) == ""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("row", ["kill", "rerun", "mixed"])
+def test_a_run_that_is_killed_is_the_same_run(lab, row):
+    assert KILL_ROWS[row](lab, 0) == ""
 
 
 @pytest.fixture

@@ -14,6 +14,7 @@ import jax
 
 from sft_jax.command_line import run_command
 from sft_jax.main import main
+from sft_jax.processes import coordinator
 
 jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
 
@@ -23,9 +24,13 @@ def train(trial: dict) -> int:
     os.dup2(out, 1)
     os.dup2(out, 2)
     os.setpgid(0, 0)
+    os.environ.update(trial["env"])
     for name, options in trial["faults"].items():
         faults.FAULTS[name](**options)
-    return run_command(main, trial["args"])
+    status = run_command(main, trial["args"])
+    if coordinator() is not None:  # what a process does at its end, which this one leaves out
+        jax.distributed.shutdown()
+    return status
 
 
 def serve() -> None:

@@ -20,6 +20,7 @@ from sft_jax.testbed.make import BASE_MODEL
 
 HERE = Path(__file__).parent
 NUM_STEPS, EVAL_EVERY, SAVE_EVERY, FIRST = 12, 4, 5, 3
+BATCH_SIZE = 16
 CONFIG = """
 from sft_jax.config import default_config
 
@@ -39,7 +40,7 @@ def get_config():
     config.data.store_dir = {store!r}
     config.data.max_seq_len = 64
     config.data.prepare_processes = 1
-    config.batch.batch_size = 16
+    config.batch.batch_size = {batch_size}
     config.batch.grad_accum_steps = 2
     config.mesh.fsdp = 2
     config.mesh.replica = -1
@@ -66,7 +67,7 @@ def write_world(folder: Path) -> Path:
     write_rows(folder / "rows.jsonl", 600)
     places = dict(cache=folder / "cache", tokenizer=BASE_MODEL, rows=folder / "rows.jsonl", store=folder / "store")
     fields = {name: str(place) for name, place in places.items()}
-    counts = dict(num_steps=NUM_STEPS, eval_every=EVAL_EVERY, save_every=SAVE_EVERY)
+    counts = dict(num_steps=NUM_STEPS, eval_every=EVAL_EVERY, save_every=SAVE_EVERY, batch_size=BATCH_SIZE)
     config = folder / "config.py"
     config.write_text(CONFIG.format(**fields, **counts))
     return config
@@ -91,6 +92,32 @@ def newest_step(run_dir: Path) -> int | None:
         reader.close()
 
 
+def xla_flags(num_devices: int) -> str:
+    """They are read when a process first asks for its devices, which a worker does not: each trial has its own."""
+    return (
+        f"--xla_force_host_platform_device_count={num_devices} --xla_backend_optimization_level=0 "
+        "--xla_cpu_parallel_codegen_split_count=1"
+    )
+
+
+def start_worker(num_devices: int) -> subprocess.Popen:
+    flags = {
+        "JAX_PLATFORMS": "cpu",
+        "XLA_FLAGS": xla_flags(num_devices),
+        "PYTHONPATH": os.pathsep.join([str(HERE), *sys.path]),
+    }
+    return subprocess.Popen(
+        [sys.executable, HERE / "train_worker.py"], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True,
+        env=os.environ | flags,
+    )  # fmt: skip
+
+
+def stop_worker(worker: subprocess.Popen) -> None:
+    worker.stdin.close()
+    worker.wait()
+    worker.stdout.close()
+
+
 class TrainingLab:
     """Makes runs; `close` it."""
 
@@ -103,16 +130,7 @@ class TrainingLab:
 
     @cached_property
     def worker(self) -> subprocess.Popen:
-        flags = {
-            "JAX_PLATFORMS": "cpu",
-            "XLA_FLAGS": f"--xla_force_host_platform_device_count={self.num_devices} "
-            "--xla_backend_optimization_level=0 --xla_cpu_parallel_codegen_split_count=1",
-            "PYTHONPATH": os.pathsep.join([str(HERE), *sys.path]),
-        }
-        return subprocess.Popen(
-            [sys.executable, HERE / "train_worker.py"], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True,
-            env=os.environ | flags,
-        )  # fmt: skip
+        return start_worker(self.num_devices)
 
     @cached_property
     def finished(self) -> Path:
@@ -147,14 +165,28 @@ class TrainingLab:
         limit: float = 300.0,
     ) -> dict[str, Any]:
         """How a run ended: `status` (minus the signal), `ended` (time), and what it said, `log`."""
-        log = run_dir.with_suffix(".log")
+        self.begin(self.worker, run_dir, run_dir.with_suffix(".log"), args, faults)
+        return self.end(self.worker, run_dir.with_suffix(".log"), limit)
+
+    def begin(
+        self,
+        worker: subprocess.Popen,
+        run_dir: Path,
+        log: Path,
+        args: Sequence[str],
+        faults: Mapping[str, Any],
+        env: Mapping[str, str] = types.MappingProxyType({}),
+    ) -> None:
         given = [f"--config={self.config}", f"--config.run.dir={run_dir}", *args]
-        self.worker.stdin.write(json.dumps({"args": given, "faults": dict(faults), "log": str(log)}) + "\n")
-        self.worker.stdin.flush()
-        pid = json.loads(self.worker.stdout.readline())["pid"]
+        trial = {"args": given, "faults": dict(faults), "log": str(log), "env": dict(env)}
+        worker.stdin.write(json.dumps(trial) + "\n")
+        worker.stdin.flush()
+
+    def end(self, worker: subprocess.Popen, log: Path, limit: float) -> dict[str, Any]:
+        pid = json.loads(worker.stdout.readline())["pid"]
         killer = threading.Timer(limit, os.kill, [pid, signal.SIGKILL])
         killer.start()
-        answer = json.loads(self.worker.stdout.readline())
+        answer = json.loads(worker.stdout.readline())
         killer.cancel()
         return answer | {"log": log.read_text()}
 
@@ -169,6 +201,4 @@ class TrainingLab:
 
     def close(self) -> None:
         if "worker" in vars(self):
-            self.worker.stdin.close()
-            self.worker.wait()
-            self.worker.stdout.close()
+            stop_worker(self.worker)
