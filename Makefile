@@ -2,9 +2,10 @@
 PYTHON ?= python3
 BIN := .venv/bin
 PARITY := .venv-parity/bin
+TPU := .venv-tpu/bin
 CONSTRAIN := $(if $(shell $(PYTHON) -c 'import sys; print("y" if sys.version_info[:2] == (3, 11) else "")'),-c constraints.txt)
 
-.PHONY: demo test test-slow test-parity test-faults audit format clean
+.PHONY: demo test test-slow test-parity test-faults plans audit format clean
 
 demo: .venv/ready
 	$(BIN)/python -m sft_jax.cli.demo
@@ -31,16 +32,26 @@ audit: .venv/ready
 	$(BIN)/python -m pip install --quiet pip-audit
 	$(BIN)/pip-audit --no-deps --disable-pip -r constraints.txt
 
+# The table of docs/scaling.md, with the TPU compiler, which needs no TPU. Minutes a case; what is current is left
+plans: .venv-tpu/ready
+	$(TPU)/python benchmarks/plans.py
+
 format: .venv/ready
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
 clean:
-	rm -rf .venv .venv-parity build runs
+	rm -rf .venv .venv-parity .venv-tpu build runs
 
 .venv/ready: pyproject.toml constraints.txt
 	$(PYTHON) -m venv .venv
 	$(BIN)/python -m pip install --quiet $(CONSTRAIN) -e '.[test]'
+	touch $@
+
+# Not what constraints.txt pins, but the newest jax and libtpu that this Python gets.
+.venv-tpu/ready: pyproject.toml
+	$(PYTHON) -m venv .venv-tpu
+	$(TPU)/python -m pip install --quiet -e '.[tpu]'
 	touch $@
 
 # torch first, alone: whatever depends on it then takes this build.

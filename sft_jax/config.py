@@ -127,7 +127,7 @@ _CHOICES: dict[str, tuple[str, ...]] = {
     "model.frozen_dtype": ("", "float32", "bfloat16", "float64"),
     "model.compute_dtype": ("float32", "bfloat16", "float64"),
     "model.attention": ("reference", "splash"),
-    "model.remat": ("none", "dots", "full"),
+    "model.remat": ("none", "dots", "attention", "full", "offload", "offload_attention"),
     "data.packing": ("best_fit", "none"),
     "data.supervise": ("all", "last", "weighted"),
     "data.averaging": ("token", "example"),

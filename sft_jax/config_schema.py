@@ -45,7 +45,9 @@ class ModelConfig:
     attention: str = "reference"
     """Attention kernel by name: reference, which runs anywhere, or splash, for TPUs."""
     remat: str = "full"
-    """What is recomputed in the backward pass: none, dots (all but matmul outputs), full (all but layer inputs)."""
+    """What is recomputed in the backward pass: none, dots (all but outputs of the layers' matrices), attention (all but
+    layer inputs and attention's outputs), full (all but layer inputs); and with what is kept in the host's memory,
+    offload (as full) and offload_attention (as attention). See `sft_jax/model/remat.py`."""
     freeze: tuple[str, ...] = ()
     """Regular expressions, searched in parameter paths such as `layers.0.0.mlp.up.kernel`: those do not train."""
     neftune_alpha: float = 0.0

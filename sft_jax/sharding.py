@@ -16,6 +16,7 @@ from typing import Any
 
 import jax
 import numpy as np
+from jax.experimental import mesh_utils
 from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionSpec
 
 from sft_jax.config import MESH_AXES
@@ -74,11 +75,30 @@ def mesh_shape(config: MeshConfig, num_devices: int) -> dict[str, int]:
 
 
 def build_mesh(config: MeshConfig, devices: Sequence[jax.Device] | None = None) -> Mesh:
-    """The mesh of all devices of all processes (or of `devices`)."""
+    """The mesh of all devices of all processes (or of `devices`), neighbours on it being neighbours in the torus. With
+    several slices the `replica` axis goes over them, or where it is 1, fsdp.
+
+    Raises:
+      ConfigError: axes that do not multiply to the number of devices, or slices that divide neither axis.
+    """
     devices = jax.devices() if devices is None else list(devices)
     sizes = mesh_shape(config, len(devices))
-    auto = (AxisType.Auto,) * len(MESH_AXES)  # make_mesh would make them Explicit
-    return jax.make_mesh(tuple(sizes.values()), MESH_AXES, axis_types=auto, devices=devices)
+    num_slices = len({getattr(device, "slice_index", 0) for device in devices})
+    if num_slices == 1:
+        array = mesh_utils.create_device_mesh(tuple(sizes.values()), devices, allow_split_physical_axes=True)
+    else:  # make_mesh refuses them
+        axis = "replica" if sizes["replica"] > 1 else "fsdp"
+        if sizes[axis] % num_slices:
+            raise ConfigError(
+                f"config.mesh.{axis}: is {sizes[axis]}, over {num_slices} slices, which do not divide it. "
+                f"Set config.mesh.replica={num_slices}."
+            )
+        over = {name: num_slices if name == axis else 1 for name in sizes}
+        within = [size // over[name] for name, size in sizes.items()]
+        array = mesh_utils.create_hybrid_device_mesh(
+            within, list(over.values()), devices, allow_split_physical_axes=True
+        )
+    return Mesh(array, MESH_AXES, axis_types=(AxisType.Auto,) * len(MESH_AXES))
 
 
 def build_abstract_mesh(config: MeshConfig, num_devices: int) -> AbstractMesh:

@@ -1,37 +1,98 @@
 """`sft-jax plan`: the train step compiled for hardware that is not here: whether it fits, what it is made of, how long
 it would take."""
 
+import argparse
 import json
 import sys
+from collections.abc import Sequence
 
 from rich.console import Console
 from rich.table import Table
 
 from sft_jax.command_line import config_parser, read_config, run_command
+from sft_jax.config_schema import Config
+from sft_jax.datatypes import ConfigError
+from sft_jax.planning.cases import Case, Outcome, run_case
+from sft_jax.planning.compiled_step import planned_model
 from sft_jax.planning.plan import Plan, make_plan
+from sft_jax.planning.search import search
 from sft_jax.planning.topology import parse_topology
 
 _SHOWN_BUFFERS = 10
 
 
 def main(args: list[str]) -> int:
-    """0: it fits. 1: it does not."""
+    """0: it fits, or one of the cases does. 1: it does not."""
     parser = config_parser(
         "sft-jax plan",
         "Compile the train step for a topology, which need not be here; print whether it fits and what it would take.",
         "sft-jax plan --config=configs/70b.py --topology=v5p:4x4x4",
     )
-    parser.add_argument("--topology", required=True, help="such as v5p:4x4x4, v6e-256, or cpu:8 for fake devices")
+    where = parser.add_mutually_exclusive_group(required=True)
+    where.add_argument("--topology", help="such as v5p:4x4x4, v6e-256, or cpu:8 for fake devices")
+    where.add_argument("--topologies", help="several, with commas between: a table of them")
     parser.add_argument("--num-slices", type=int, default=1, help="so many such slices")
+    parser.add_argument(
+        "--search", action="store_true", help="try meshes, microbatches and remat policies; many compiles"
+    )
     parser.add_argument("--json", action="store_true", help="print the plan as JSON")
     options, rest = parser.parse_known_args(args)
-    topology = parse_topology(options.topology, options.num_slices)
-    plan = make_plan(read_config(rest), topology)
+    config = read_config(rest)
+    if options.topologies or options.search:
+        return _compare(options, config, rest)
+    plan = make_plan(config, parse_topology(options.topology, options.num_slices))
     if options.json:
         print(json.dumps(plan.to_json(), indent=1))
     else:
         describe_plan(Console(), plan)
     return 0 if plan.fits else 1
+
+
+def _compare(options: argparse.Namespace, config: Config, rest: list[str]) -> int:
+    slices = f"--num-slices={options.num_slices}"
+    topologies = [
+        parse_topology(name, options.num_slices) for name in (options.topologies or options.topology).split(",")
+    ]
+    if options.search and len(topologies) > 1:
+        raise ConfigError("--search: is of one topology, and --topologies names more. Name one with --topology.")
+    cases = [
+        Case(topology.name, (*rest, f"--topology={topology.chip.name}:{'x'.join(map(str, topology.dims))}", slices))
+        for topology in topologies
+    ]
+    if options.search:
+        outcomes = search(cases[0].args, config, planned_model(config), topologies[0].num_devices, _run_aloud)
+    else:
+        outcomes = [_run_aloud(case) for case in cases]
+    if options.json:
+        print(json.dumps({"cases": [outcome.to_json() for outcome in outcomes]}, indent=1))
+    else:
+        describe_outcomes(Console(), outcomes)
+        if options.search and outcomes[0].fits:
+            Console().print("best: " + " ".join(outcomes[0].case.args), soft_wrap=True, highlight=False)
+    return 0 if any(outcome.fits for outcome in outcomes) else 1
+
+
+def _run_aloud(case: Case) -> Outcome:
+    print(f"compiling: {case.label}", file=sys.stderr, flush=True)
+    return run_case(case)
+
+
+def describe_outcomes(console: Console, outcomes: Sequence[Outcome]) -> None:
+    table = Table(
+        "case", "fits", "peak of", "memory", "step s", "bound by", "MFU", "tokens/s/chip", "sent", "chip-hours"
+    )
+    for outcome in outcomes:
+        plan = outcome.plan
+        if plan is None:
+            table.add_row(outcome.case.label, "NO", outcome.problem)
+            continue
+        row = [outcome.case.label, "yes" if plan["fits"] else "NO", _size(plan["peak_bytes"]), _size(plan["hbm_bytes"])]
+        if plan["step_seconds"]:
+            per_chip = plan["tokens_per_second"] / plan["num_chips"]
+            row += [f"{plan['step_seconds']:.2f}", plan["bound"], f"{plan['mfu']:.1%}", f"{per_chip:,.0f}"]
+            row += [_size(plan["collective_bytes"]), f"{plan['chip_hours']:,.1f}" if plan["num_steps"] else ""]
+        table.add_row(*row)
+    console.print(table)
 
 
 def describe_plan(console: Console, plan: Plan) -> None:

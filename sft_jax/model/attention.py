@@ -18,9 +18,11 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+from jax.ad_checkpoint import checkpoint_name
 from jax.sharding import AbstractMesh, Mesh
 
 from sft_jax.datatypes import ConfigError
+from sft_jax.model.remat import ATTENTION
 from sft_jax.typing import Array, Bool, Float, Int
 
 _MASKED = -1e30  # a score that exp() turns into 0; finite, so that a row of nothing else is no NaN
@@ -73,7 +75,7 @@ def attend(
       ConfigError: for an unknown name, or what that kernel cannot do.
     """
     if name == "reference":
-        return reference(q, k, v, rows, scores, kv_rows, sinks)
+        return checkpoint_name(reference(q, k, v, rows, scores, kv_rows, sinks), ATTENTION)
     if name != "splash":
         raise ConfigError(f"config.model.attention: is {name!r}; expected 'reference' or 'splash'.")
     if kv_rows is not None:

@@ -21,6 +21,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+from jax.ad_checkpoint import checkpoint_name
 from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_kernel as kernel_lib
 from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_mask as mask_lib
 from jax.sharding import AbstractMesh, Mesh
@@ -28,6 +29,7 @@ from jax.sharding import PartitionSpec as P
 
 from sft_jax.datatypes import ConfigError
 from sft_jax.model.attention import Rows, Scores
+from sft_jax.model.remat import ATTENTION
 from sft_jax.model.splash import check_splash, choose_blocks
 from sft_jax.sharding import BATCH_AXES
 from sft_jax.typing import Array, Float
@@ -115,7 +117,7 @@ def _attend_fwd(ring: _Ring, q: Any, k: Any, v: Any, segment_ids: Any) -> Any:
         return ((joined, total), keys), None
 
     (((out, log_sum), _), _) = jax.lax.scan(take_turn, (wide, own), jnp.arange(1, ring.size))
-    out = out.astype(q.dtype)
+    out, log_sum = checkpoint_name((out.astype(q.dtype), log_sum), ATTENTION)
     return _restore(out, ring, 2), (q, own, out, log_sum)
 
 

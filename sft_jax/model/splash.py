@@ -20,6 +20,7 @@ from jax.sharding import PartitionSpec as P
 
 from sft_jax.datatypes import ConfigError
 from sft_jax.model.attention import Rows, Scores
+from sft_jax.model.remat import ATTENTION
 from sft_jax.sharding import BATCH_AXES
 from sft_jax.typing import Array, Float
 
@@ -129,6 +130,7 @@ def _attend_local(
         head_shards=1,
         q_seq_shards=1,
         attn_logits_soft_cap=scores.softcap,
+        residual_checkpoint_name=ATTENTION,
         interpret=interpret,
     )
 

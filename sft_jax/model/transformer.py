@@ -36,7 +36,6 @@ from flax import nnx
 from jax.sharding import AbstractMesh, Mesh
 from jax.typing import DTypeLike
 
-from sft_jax.datatypes import ConfigError
 from sft_jax.model.adapter_use import AdapterUse, stack_keys
 from sft_jax.model.attention import Rows, Scores, attend, segment_lengths
 from sft_jax.model.decoder_layer import DecoderLayer
@@ -45,6 +44,7 @@ from sft_jax.model.gradient_sums import look_up
 from sft_jax.model.layers import Attend, make_norm
 from sft_jax.model.linear import OPTIONAL, Linear
 from sft_jax.model.param_dims import logical_dims
+from sft_jax.model.remat import rematerialized
 from sft_jax.model.rope import Rope, RopeConfig, rope_for, rotate
 from sft_jax.model.router import RouterSums, TokenWeights, join_sums
 from sft_jax.sharding import constrain
@@ -140,7 +140,7 @@ class Transformer(nnx.Module):
         tokens, all_sums = TokenWeights(rows.segment_ids, router_weights), []
         for group, places in zip(self.config.layers, self.layers, strict=True):
             run_layers = [
-                _rematerialized(functools.partial(_run_layer, make_attend(layer), tokens, mesh), remat)
+                rematerialized(functools.partial(_run_layer, make_attend(layer), tokens, mesh), remat)
                 for layer in group.pattern
             ]
 
@@ -238,18 +238,6 @@ def _draw_noise(noise: EmbeddingNoise, rows: Rows, embed_dim: int) -> Float[Arra
     return scale[:, :, None] * jax.vmap(draw)(noise.keys)
 
 
-def _rematerialized(body: Callable[..., Any], name: str) -> Callable[..., Any]:
-    """What the backward pass of a layer recomputes (config.model.remat)."""
-    if name == "none":
-        return body
-    if name == "dots":  # keeps the outputs of the projections, not of attention's products
-        policy = jax.checkpoint_policies.dots_with_no_batch_dims_saveable
-        return jax.checkpoint(body, policy=policy, prevent_cse=False)
-    if name == "full":
-        return jax.checkpoint(body, prevent_cse=False)
-    raise ConfigError(f"config.model.remat: is {name!r}; expected none, dots or full.")
-
-
 def _abstract(config: TransformerConfig) -> Transformer:
     return jax.eval_shape(lambda: Transformer(config, jax.random.key(0), jnp.float32))
 
@@ -318,7 +306,7 @@ def forward(
     """Hidden states of packed rows, in compute_dtype. Those of padding are finite and depend on no token.
 
     Args:
-      remat: none, dots or full.
+      remat: what the backward pass recomputes, by a name of remat.py.
       attention: the kernel's name.
       mesh: pins the activations' shardings; None leaves them to the compiler.
       noise: NEFTune, while training.

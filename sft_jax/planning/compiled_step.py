@@ -11,9 +11,10 @@ from jax.sharding import Mesh
 from sft_jax.config_schema import Config
 from sft_jax.datatypes import ConfigError
 from sft_jax.experiment import jit_train_step, read_model_config
+from sft_jax.model.families import TransformerConfig
 from sft_jax.placed_model import ModelOnMesh
-from sft_jax.planning.topology import Topology, open_mesh
-from sft_jax.sharding import abstract_batch, check_batch_divides
+from sft_jax.planning.topology import Topology, open_devices
+from sft_jax.sharding import abstract_batch, build_mesh, check_batch_divides
 
 
 @dataclasses.dataclass(frozen=True)
@@ -39,11 +40,8 @@ def compile_step(config: Config, topology: Topology) -> CompiledStep:
     Raises:
       ConfigError: the model, the batch or the mesh does not suit the topology, or a kernel cannot do what is asked.
     """
-    if config.lora.init_from or (config.model.path and not config.model.preset):
-        model = read_model_config(config)
-    else:  # the preset's folder need not be here
-        model = read_model_config(_without_folder(config))
-    mesh = open_mesh(topology, config.mesh)
+    model = planned_model(config)
+    mesh = build_mesh(config.mesh, open_devices(topology))
     check_batch_divides(config, mesh)
     placed = ModelOnMesh(config, model, mesh)
     start = time.monotonic()
@@ -67,8 +65,11 @@ def compile_step(config: Config, topology: Topology) -> CompiledStep:
     return CompiledStep(placed, compiled, time.monotonic() - start)
 
 
-def _without_folder(config: Config) -> Config:
-    return dataclasses.replace(config, model=dataclasses.replace(config.model, path=""))
+def planned_model(config: Config) -> TransformerConfig:
+    """The architecture, for which the preset's folder need not be here."""
+    if config.lora.init_from or not config.model.preset:
+        return read_model_config(config)
+    return read_model_config(dataclasses.replace(config, model=dataclasses.replace(config.model, path="")))
 
 
 def needed_hbm_bytes(message: str) -> int | None:

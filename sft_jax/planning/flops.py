@@ -83,11 +83,20 @@ def count_kernel_flops(around: Mapping[str, Instruction], instruction: Instructi
 
     splash attention: products over the dims of keys and of values, for every pair in the blocks that it visits. Its
     first operand, the table of blocks, has their numbers: [1, blocks of queries, blocks of keys at most].
+
+    ragged dots, as XLA's own kernels: every row counts with one expert's matrix, those of experts elsewhere too.
     """
-    match = re.search(r"splash_m[hq]a_(fwd|dq|dkv)", f"{instruction.name} {instruction.op_name}")
+    name = f"{instruction.name} {instruction.op_name}"
+    if "ragged-dot-metadata" in name:
+        return 0.0
+    shapes = [around[operand].shapes[0] for operand in instruction.operands]
+    if "ragged-dot" in name:
+        tokens, other = [shape for shape in shapes if len(shape.dims) >= 2 and "f" in shape.dtype]
+        inner = other.dims[-2] if len(other.dims) == 3 else tokens.dims[-1]  # [E, in, out], or rows of the gradient
+        return 2.0 * tokens.dims[0] * inner * other.dims[-1]
+    match = re.search(r"splash_m[hq]a_(fwd|dq|dkv)", name)
     if not match:
         return None
-    shapes = [around[name].shapes[0] for name in instruction.operands]
     table = next(shape for shape in shapes if len(shape.dims) >= 3 and shape.dtype.startswith("s"))
     q, _, v = [shape for shape in shapes if len(shape.dims) >= 3 and "f" in shape.dtype][:3]
     of_keys, of_values = _SPLASH_PRODUCTS[match[1]]

@@ -126,7 +126,7 @@ def _common(step: CompiledStep, config: Config, topology: Topology) -> dict[str,
         compile_seconds=step.compile_seconds,
         rows_per_epoch=report.get("rows_per_epoch", 0),
         supervised_fraction=report.get("supervised_fraction", 0.0) * report.get("fill_fraction", 0.0),
-        versions=_versions(),
+        versions=versions(),
     )
 
 
@@ -202,9 +202,10 @@ def _read_report(config: Config) -> dict[str, Any]:
     return json.loads(path.read_text()) if path.exists() else {}
 
 
-def _versions() -> dict[str, str]:
-    versions = {"jax": jax.__version__}
+def versions() -> dict[str, str]:
+    """Of what compiles."""
+    found = {"jax": jax.__version__}
     try:
-        return versions | {"libtpu": importlib.metadata.version("libtpu")}
+        return found | {"libtpu": importlib.metadata.version("libtpu")}
     except importlib.metadata.PackageNotFoundError:
-        return versions
+        return found

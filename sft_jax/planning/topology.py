@@ -11,15 +11,10 @@ import re
 from dataclasses import dataclass
 
 import jax
-import numpy as np
-from jax.experimental import mesh_utils, topologies
-from jax.sharding import AxisType, Mesh
+from jax.experimental import topologies
 
-from sft_jax.config import MESH_AXES
-from sft_jax.config_schema import MeshConfig
 from sft_jax.datatypes import ConfigError
 from sft_jax.planning.chips import CHIPS, Chip
-from sft_jax.sharding import mesh_shape
 
 _ALIASES = {"v5litepod": "v5e", "v5lite": "v5e", "v7x": "tpu7x", "v7": "tpu7x"}
 # Shapes that the cloud gives a number of chips. Source: the "Configurations" of each page in chips.py.
@@ -143,31 +138,3 @@ _LIBTPU_ENVIRONMENT = {
     "TPU_STDERR_LOG_LEVEL": "3",
     "TPU_MIN_LOG_LEVEL": "3",
 }
-
-
-def open_mesh(topology: Topology, config: MeshConfig) -> Mesh:
-    """The mesh that a run on these devices would have, neighbours on it being neighbours in the torus. With slices the
-    `replica` axis goes over them, or where it is 1, fsdp.
-
-    Raises:
-      ConfigError: as `open_devices`; or axes that do not multiply to the number of devices, or slices that divide
-        neither axis.
-    """
-    sizes = mesh_shape(config, topology.num_devices)
-    devices = open_devices(topology)
-    shape = tuple(sizes.values())
-    if topology.chip.name == "cpu":
-        array = np.array(devices).reshape(shape)
-    elif topology.num_slices == 1:
-        array = mesh_utils.create_device_mesh(shape, devices)
-    else:
-        axis = "replica" if sizes["replica"] > 1 else "fsdp"
-        if sizes[axis] % topology.num_slices:
-            raise ConfigError(
-                f"config.mesh.{axis}: is {sizes[axis]}, over {topology.num_slices} slices, which do not divide it. "
-                f"Set config.mesh.replica={topology.num_slices}."
-            )
-        over = tuple(topology.num_slices if name == axis else 1 for name in MESH_AXES)
-        within = tuple(size // part for size, part in zip(shape, over, strict=True))
-        array = mesh_utils.create_hybrid_device_mesh(within, over, devices)
-    return Mesh(array, MESH_AXES, axis_types=(AxisType.Auto,) * len(MESH_AXES))

@@ -7,6 +7,7 @@ import re
 import jax
 import pytest
 
+from sft_jax.cli import plan as plan_command
 from sft_jax.cli.main import dispatch
 from sft_jax.command_line import read_config, run_command
 from sft_jax.experiment import jit_train_step, read_model_config
@@ -17,6 +18,7 @@ from sft_jax.model.presets import preset_config
 from sft_jax.model.transformer import abstract_params
 from sft_jax.placed_model import ModelOnMesh
 from sft_jax.planning import topology
+from sft_jax.planning.cases import Outcome
 from sft_jax.sharding import Batch, abstract_batch, build_mesh
 from sft_jax.training.state import init_state
 
@@ -156,3 +158,37 @@ def test_without_the_tpu_compiler_it_says_what_to_install(folder, capsys, monkey
     status, _, err = run(capsys, "--topology=v5p:4x4x4")
     assert status == 2
     assert "pip install 'sft_jax[tpu]'" in err
+
+
+def test_topologies_are_compared_in_processes_of_their_own(folder, capsys):
+    status, out, err = run(capsys, "--topologies=cpu:2,cpu:3", "--json")
+    assert status == 0  # one of them fits
+    two, three = json.loads(out)["cases"]
+    assert two["plan"]["fits"]
+    assert two["plan"]["mesh"]["fsdp"] == 2
+    assert three["plan"] is None
+    assert re.match("config.batch: .* 8 rows, which the 3 shards", three["problem"])
+    assert err == "compiling: cpu:2\ncompiling: cpu:3\n"
+
+
+def test_a_search_prints_its_table_and_the_best(folder, capsys, monkeypatch):
+    def compile_quickly(case):
+        fits = "--config.mesh.tensor=2" in case.args
+        seconds = 2.0 + ("--config.model.remat=full" in case.args) if fits else 0.0
+        plan = dict(fits=fits, peak_bytes=2**30, hbm_bytes=2**31, step_seconds=seconds, bound="memory", mfu=0.5)
+        plan |= dict(tokens_per_second=8000.0, num_chips=8, collective_bytes=2**20, chip_hours=0.0, num_steps=0)
+        return Outcome(case, plan)
+
+    monkeypatch.setattr(plan_command, "run_case", compile_quickly)
+    status, out, _ = run(capsys, "--topology=cpu:8", "--search")
+    assert status == 0
+    assert "best: --config=config.py --topology=cpu:8 --num-slices=1 --config.mesh.fsdp=4 --config.mesh.tensor=2" in out
+    best = out.split("best: ")[1]
+    assert "--config.model.remat=attention" in best
+    status, out, _ = run(capsys, "--topology=cpu:8", "--search", "--json")
+    assert len(json.loads(out)["cases"]) == 6
+
+
+@pytest.mark.parametrize("args", [["--topologies=cpu:2,v9:4"], ["--topologies=cpu:2,cpu:4", "--search"]])
+def test_what_cannot_be_compared_is_a_config_error(folder, capsys, args):
+    assert run(capsys, *args)[0] == 2

@@ -184,7 +184,7 @@ def test_remat_changes_no_number(params):
         return jnp.sum(jnp.sin(forward(params, *PACKED, remat=remat)))
 
     expected, expected_grads = value_and_grad(partial(loss, remat="none"), params)
-    for remat in ("dots", "full"):
+    for remat in ("dots", "attention", "full", "offload", "offload_attention"):
         value, grads = value_and_grad(partial(loss, remat=remat), params)
         assert value == pytest.approx(expected, rel=1e-12)
         assert_equal(grads, expected_grads, tolerance=1e-12)
@@ -198,7 +198,7 @@ def test_remat_keeps_less_and_less_for_the_backward_pass(params):
         return sum(leaf.size for leaf in jax.tree.leaves(pullback) if leaf.ndim > 2 and leaf.shape[2] == 8)
 
     layer_inputs = CONFIG.num_layers * 8 * CONFIG.embed_dim
-    assert layer_inputs == kept("full") < kept("dots") < kept("none")
+    assert layer_inputs == kept("full") < kept("attention") < kept("dots") < kept("none")
 
 
 @pytest.mark.parametrize("option", [{"remat": "half"}, {"attention": "flush"}])

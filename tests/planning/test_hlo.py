@@ -135,6 +135,21 @@ def test_attentions_kernel_counts_the_blocks_that_it_visits(kernel, table, pairs
 
 
 @pytest.mark.parametrize(
+    ("name", "other", "flops"),
+    [
+        ("ragged-dot-none.1", (8, 384, 256), 2 * 1024 * 384 * 256),
+        ("ragged-dot-none", (1024, 256), 2 * 1024 * 384 * 256),  # a gradient of the experts' matrices
+        ("ragged-dot-metadata.1", (8, 384, 256), 0),
+    ],
+)
+def test_a_ragged_dot_counts_each_row_once(name, other, flops):
+    shapes = {"sizes": Shape("s32", (8,), False), "rows": Shape("bf16", (1024, 384), False)}
+    shapes["other"] = Shape("bf16", other, False)
+    around = {key: Instruction(key, (shape,), "parameter", (), "", False) for key, shape in shapes.items()}
+    assert count_kernel_flops(around, Instruction(name, (), "custom-call", tuple(around), "", False)) == flops
+
+
+@pytest.mark.parametrize(
     ("attributes", "group"),
     [
         ("replica_groups={{0,4},{1,5}}", (0, 4)),

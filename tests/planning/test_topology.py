@@ -1,9 +1,14 @@
 import re
+from unittest.mock import Mock
 
+import jax
+import numpy as np
 import pytest
 
+from sft_jax.config_schema import MeshConfig
 from sft_jax.datatypes import ConfigError
-from sft_jax.planning.topology import parse_topology
+from sft_jax.planning.topology import open_devices, parse_topology
+from sft_jax.sharding import build_mesh, device_coords
 
 
 @pytest.mark.parametrize(
@@ -45,3 +50,28 @@ def test_an_unknown_name_is_refused_with_those_known(name):
 )
 def test_links_wrap_only_where_they_are(name, wraps):
     assert parse_topology(name).wraps == wraps
+
+
+def test_slices_that_divide_no_axis_are_refused():
+    devices = [Mock(spec=jax.Device, slice_index=number // 4) for number in range(8)]
+    with pytest.raises(ConfigError, match=r"mesh\.fsdp: is 1, over 2 slices.*Set config\.mesh\.replica=2"):
+        build_mesh(MeshConfig(fsdp=1, tensor=8), devices)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("axes", "axis"), [({"replica": 2}, 0), ({"fsdp": 4, "tensor": 2}, 1)])
+def test_the_slices_lie_along_one_axis(axes, axis):
+    pytest.importorskip("libtpu", reason="no TPU compiler here: pip install 'sft_jax[tpu]'")
+    mesh = build_mesh(MeshConfig(**axes), open_devices(parse_topology("v5e:2x2", num_slices=2)))
+    slices = device_coords(mesh)[:, 0].reshape(mesh.devices.shape)
+    first, second = np.split(slices, 2, axis)
+    assert set(first.flat) == {0}
+    assert set(second.flat) == {1}
+
+
+@pytest.mark.slow
+def test_an_axis_may_be_part_of_a_dimension_of_the_torus():
+    pytest.importorskip("libtpu", reason="no TPU compiler here: pip install 'sft_jax[tpu]'")
+    mesh = build_mesh(MeshConfig(fsdp=32, tensor=2), open_devices(parse_topology("v5p:4x4x4")))
+    places = device_coords(mesh).reshape(32, 2, -1)
+    assert np.all(np.abs(places[:, 0] - places[:, 1]).sum(axis=1) == 1)  # the two of each pair are neighbours

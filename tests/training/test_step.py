@@ -164,9 +164,10 @@ def test_microbatches_change_nothing(parts, mesh):
     assert_same_update(one_step(config, make_batch(), mesh), reference_step(neftune_alpha=5.0))
 
 
-@pytest.mark.parametrize("remat", ["dots", "full"])
-def test_remat_changes_nothing(remat):
-    assert_same_update(one_step(make_config(model={"remat": remat}), make_batch()), reference_step())
+@pytest.mark.parametrize("remat", ["dots", "attention", "full", "offload", "offload_attention"])
+@pytest.mark.parametrize("mesh", [None, MeshConfig(fsdp=4, tensor=2)])
+def test_remat_changes_nothing(remat, mesh):
+    assert_same_update(one_step(make_config(model={"remat": remat}), make_batch(), mesh), reference_step())
 
 
 def unpack(batch):

@@ -1,0 +1,30 @@
+"""Gemma-3-27B (its text model), all parameters, 8,192 tokens.
+
+Hardware: 32 chips of TPU v5p or more. Put the Hugging Face folder in MODEL_DIR and the chats in DATA_DIR:
+
+    python -m sft_jax.main --config=configs/gemma3_27b.py --config.run.dir=runs/gemma3_27b
+
+Memory: not planned yet; make plans does it.
+"""
+
+import os
+
+from sft_jax.config import default_config
+
+
+def get_config():
+    config = default_config()
+    config.run.distributed = True
+    config.model.path = os.environ.get("MODEL_DIR", "models/gemma-3-27b-it")
+    config.model.preset = "gemma3-27b"
+    config.model.attention = "splash"
+    data = os.environ.get("DATA_DIR", "data")
+    config.data.train = [dict(path=f"{data}/train.jsonl")]
+    config.data.eval = [dict(path=f"{data}/held_out.jsonl")]
+    config.data.max_seq_len = 8192
+    config.batch.batch_size = 32
+    config.loss.chunk_tokens = 512
+    config.optimizer.learning_rate = 5e-6
+    config.evaluation.every_steps = 200
+    config.checkpoint.every_steps = 200
+    return config
