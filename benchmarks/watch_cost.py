@@ -50,7 +50,7 @@ class Watch:
         times.append(time.perf_counter())
         self.spikes.add({"loss": 2.0 + step % 7 / 10, "grad_norm": 1.0 + step % 5 / 10})
         times.append(time.perf_counter())
-        for name, start, end in zip(_PARTS, times, times[1:], strict=True):
+        for name, start, end in zip(_PARTS, times[:-1], times[1:], strict=True):
             self.seconds[name] += end - start
 
 
@@ -90,7 +90,7 @@ def main(milliseconds: float, num_steps: int, gigabytes: float) -> None:
     print(f"watched {1e3 * on:.2f} ms, unwatched {1e3 * off:.2f} ms: ratio {on / off:.4f}")
     print(f"by the parts: {sum(micros.values()) / (1e6 * off):.3%} of a step")
 
-    mesh = build_mesh(MeshConfig(replica=-1))
+    mesh = build_mesh(MeshConfig(replica=-1, fsdp=1))
     state = jax.device_put(jnp.ones((32, 2**20)), replicated(mesh))
     check = ReplicaCheck(state, mesh)
     check.check(0, state)

@@ -134,6 +134,7 @@ def train(
         describe_start(console, start, data.num_steps)
     writer = MetricsWriter(run_dir, step, config.log.tensorboard)
     progress = ProgressReporter(console, data.num_steps, step)
+    trees = {"state": start.state, "frozen": start.frozen}
     watchdog = Watchdog(config.watch.stall_factor, config.watch.stall_seconds)
     trainer = Trainer(
         config=config,
@@ -150,7 +151,7 @@ def train(
         progress=progress,
         stop_signal=stop_signal,
         watchdog=watchdog,
-        replicas=ReplicaCheck((start.state, start.frozen), placed.mesh) if config.watch.replicas_every else None,
+        replicas=ReplicaCheck(trees, placed.mesh) if config.watch.replicas_every else None,
     )
     try:
         state = trainer.train(start.state, start.frozen, start.memory)

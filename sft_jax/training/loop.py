@@ -152,7 +152,7 @@ class Trainer:
                 self._report(step - 1, pending, memory)
                 pending = metrics
                 if self.replicas and step % self.config.watch.replicas_every == 0:
-                    self.replicas.check(step, (state, frozen))
+                    self.replicas.check(step, {"state": state, "frozen": frozen})
                 if self._evaluates_after(step) or self._saves_after(step):
                     self._report(step, pending, memory)
                     pending = None
@@ -256,14 +256,14 @@ class Trainer:
 
     def _save(self, step: int, state: TrainState, frozen: Params, memory: Memory, is_best: bool = False) -> None:
         if self.replicas:
-            self.replicas.check(step, (state, frozen))
+            self.replicas.check(step, {"state": state, "frozen": frozen})
         best_loss = memory.stopping.best_saved_loss if is_best else None
         self.manager.save(step, vars(state), {**self.meta, **memory.to_meta()}, best_loss)
 
     def _save_now(self, step: int, state: TrainState, frozen: Params, memory: Memory) -> None:
         """The last save of this process: there will be no later step to save in its place."""
         if self.replicas:
-            self.replicas.check(step, (state, frozen))
+            self.replicas.check(step, {"state": state, "frozen": frozen})
         self.manager.save_now(step, vars(state), {**self.meta, **memory.to_meta()})
 
 

@@ -26,7 +26,7 @@ class ReplicaCheck:
         assert isinstance(mesh, Mesh)  # a run's is of devices
         self._mesh: Mesh = mesh
         leaves = jax.tree_util.tree_leaves_with_path(placed)
-        self._names = [jax.tree_util.keystr(path) for path, _ in leaves]
+        self._names = [jax.tree_util.keystr(path, simple=True, separator=".") for path, _ in leaves]
         self._parts = [_parts(leaf.sharding, leaf.shape, self._mesh) for _, leaf in leaves]
         self._sum = _make_sum(self._mesh, [leaf.sharding.spec for _, leaf in leaves])
 

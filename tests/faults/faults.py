@@ -13,6 +13,9 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import jax
+import numpy as np
+
 from sft_jax import main as main_module
 from sft_jax.checkpoint import manager as manager_module
 from sft_jax.checkpoint.step_folders import StepFolders
@@ -146,6 +149,36 @@ def jump(at: int, batch_size: int) -> None:
     around_step(around)
 
 
+def flip_copy(values: jax.Array, number: int, place: int, bit: int) -> jax.Array:
+    """The same with one bit of one byte changed, of the copy, or the part, that the device of this number holds."""
+    parts = [np.array(shard.data) for shard in values.addressable_shards]
+    flat = parts[number].reshape(-1).view(np.uint8)
+    flat[place % flat.size] ^= 1 << bit
+    devices = [shard.device for shard in values.addressable_shards]
+    placed = [jax.device_put(part, device) for part, device in zip(parts, devices, strict=True)]
+    return jax.make_array_from_single_device_arrays(values.shape, values.sharding, placed)
+
+
+def flip(at: int, number: int) -> None:
+    """After the step of this number, counted from 1 in this process, a bit of a parameter is another on one device."""
+
+    def around(step: Callable[..., Any]) -> Callable[..., Any]:
+        count = 0
+
+        def call(*args: Any) -> Any:
+            nonlocal count
+            count += 1
+            state, metrics = step(*args)
+            if count == at:
+                path = min(state.params)
+                state.params[path] = flip_copy(state.params[path], number, 0, 0)
+            return state, metrics
+
+        return call
+
+    around_step(around)
+
+
 def see(run_dir: str) -> None:
     """Looking for checkpoints, this process sees those of another folder."""
     patch(manager_module, "find_restorable", lambda find: lambda _, *args: find(StepFolders(run_dir), *args))
@@ -180,6 +213,7 @@ def children(pid: int) -> list[int]:
 FAULTS = {
     "send_to_all_when_workers_are": send_to_all_when_workers_are,
     "jump": jump,
+    "flip": flip,
     "see": see,
     "send": send,
     "count_steps": count_steps,

@@ -70,10 +70,10 @@ def rerun(lab: TrainingLab, trial: int) -> str:
 
 
 def mixed(lab: TrainingLab, trial: int) -> str:
-    """Thirty ends of one run of 120 steps, by SIGKILL and SIGTERM at random points: it ends as if there were none."""
+    """Thirty ends of one run of 300 steps, by SIGKILL and SIGTERM at random points: it ends as if there were none."""
     rng = random.Random(f"{lab.seed} {trial}")
-    args = ["--config.schedule.num_steps=120"]
-    oracle, run_dir = lab.scratch / "of-120", lab.new()
+    args = ["--config.schedule.num_steps=300"]
+    oracle, run_dir = lab.scratch / "of-300", lab.new()
     if not oracle.exists() and (result := lab.train(oracle, args))["status"]:
         return result["log"][-2000:]
     steps = run_dir.with_suffix(".steps")

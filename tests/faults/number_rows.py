@@ -9,6 +9,7 @@ from unittest import mock
 import jax
 import jax.numpy as jnp
 import numpy as np
+from faults import flip_copy
 from jax.sharding import NamedSharding
 
 from sft_jax.config_schema import (
@@ -184,12 +185,8 @@ def replica_flip(lab: NumberLab, trial: int) -> str:
     lab.replicas.check(trial, lab.state)
     number = rng.randrange(len(leaves))
     leaf = leaves[number]
-    copies = [np.array(shard.data) for shard in leaf.addressable_shards]
     odd = rng.randrange(DEVICES)
-    flat = copies[odd].reshape(-1).view(np.uint8)
-    flat[rng.randrange(flat.size)] ^= 1 << rng.randrange(8)
-    placed = [jax.device_put(copy, shard.device) for copy, shard in zip(copies, leaf.addressable_shards, strict=True)]
-    leaves[number] = jax.make_array_from_single_device_arrays(leaf.shape, leaf.sharding, placed)
+    leaves[number] = flip_copy(leaf, odd, rng.randrange(1 << 20), rng.randrange(8))
     device = str(leaf.addressable_shards[odd].device)
     try:
         lab.replicas.check(trial, jax.tree.unflatten(treedef, leaves))

@@ -64,13 +64,16 @@ class RankLab(TrainingLab):
     @cached_property
     def hundred(self) -> dict[tuple[int, str], float]:
         """Of 100 steps by one process with eight devices."""
-        return values(self.steps_of(self.scratch / "hundred", 100, 1, NUM_DEVICES))
+        return values(self.go_on(self.scratch / "hundred", 1, NUM_DEVICES))
 
-    def steps_of(self, run_dir: Path, num_steps: int, num_processes: int, num_devices: int) -> Path:
-        args = [f"--config.schedule.num_steps={num_steps}", "--config.evaluation.every_steps=0"]
+    def go_on(self, run_dir: Path, num_processes: int, num_devices: int, until: int | None = None) -> Path:
+        """A run of 100 steps by so many, to its end, or for about so many steps."""
+        args = ["--config.schedule.num_steps=100", "--config.evaluation.every_steps=0"]
         args += ["--config.checkpoint.every_steps=0", f"--config.mesh.fsdp={min(2, num_devices)}"]
-        for result in self.train_together(run_dir, args, {}, num_processes, num_devices):
-            assert result["status"] == 0, result["log"][-2000:]
+        stop = {"point": "data", "at": until, "number": signal.SIGTERM, "log": "/dev/null"}
+        faults = {0: {"send": stop}} if until else {}
+        for result in self.train_together(run_dir, args, faults, num_processes, num_devices):
+            assert result["status"] == (75 if until else 0), result["log"][-2000:]
         return run_dir
 
     def goes_on(self, run_dir: Path, num_processes: int = 2) -> str:
@@ -175,10 +178,10 @@ def listings(lab: RankLab, trial: int) -> str:
 
 
 def elastic(lab: RankLab, trial: int) -> str:
-    """25 steps each by 1 process with 8 devices, 2 with 4, 4 with 2, and 1 with 1: the rows and losses of one run."""
+    """Some 25 steps each by 1 process with 8 devices, 2 with 4, 4 with 2, 1 with 1: the rows and losses of one run."""
     run_dir = lab.new()
-    for number, (num_processes, num_devices) in enumerate([(1, 8), (2, 8), (4, 8), (1, 1)], 1):
-        lab.steps_of(run_dir, 25 * number, num_processes, num_devices)
+    for num_processes, num_devices, until in ((1, 8, 25), (2, 8, 25), (4, 8, 25), (1, 1, None)):
+        lab.go_on(run_dir, num_processes, num_devices, until)
     ours, theirs = values(run_dir), lab.hundred
     if ours.keys() != theirs.keys() or (100, "loss") not in ours:
         return f"other steps: {sorted(ours.keys() ^ theirs.keys())[:3]}"

@@ -1,5 +1,6 @@
 """A run that is told to stop loses no finished step, whatever it is doing. Rows of docs/reliability.md, in small."""
 
+import re
 import signal
 import threading
 import time
@@ -7,7 +8,7 @@ import time
 import pytest
 from kill_rows import KILL_ROWS
 from stop_rows import STOP_ROWS
-from training import TrainingLab
+from training import TrainingLab, newest_step
 
 from sft_jax.training.stop_signal import Interrupted, Preempted, StopSignal
 
@@ -30,6 +31,19 @@ def test_sigterm_to_all_processes_of_a_run(lab):
 
 def test_a_jump_is_passed_over_and_so_it_is_after_a_kill(lab):
     assert KILL_ROWS["rewind"](lab, 0) == ""
+
+
+@pytest.mark.parametrize(
+    ("at", "every", "saved"), [(5, 12, 4), pytest.param(6, 3, 5, marks=pytest.mark.slow)], ids=["a save", "in between"]
+)
+def test_a_copy_that_differs_ends_the_run_before_it_is_saved(lab, at, every, saved):
+    run_dir, args = lab.new(), ["--config.mesh.fsdp=1", f"--config.watch.replicas_every={every}"]
+    result = lab.train(run_dir, args, {"flip": {"at": at, "number": 1}})
+    assert result["status"] == 6, result["log"]
+    found = rf"error: step {at}: state\.params\.embed\S* differs between \S+ of process 0, \S+ of process 0: "
+    assert re.search(found, result["log"]), result["log"]
+    assert newest_step(run_dir) == saved
+    assert lab.train(run_dir, args)["status"] == 0
 
 
 @pytest.mark.slow
