@@ -9,7 +9,8 @@ them at the end of each, so that it knows no more than one reading of GSM8K teac
 transformers==5.23.0 trl==1.16.0 datasets sentencepiece.
 
 Each run has a process of its own. Its imports are not timed; opening the tokenizer is. All but one run have one core.
-Beside the wall's, the seconds of all its processes on their cores are shown: those hold on a busy machine too.
+Beside the wall's, the seconds of all its processes on their cores are shown: those hold on a busy machine too. With
+`--rounds`, speeds are medians, and ratios the medians of those within a round.
 """
 
 import argparse
@@ -150,39 +151,45 @@ CASES: dict[str, Callable[[Path], dict]] = {
 }
 
 
-def measure(folder: Path, cores: list[int], trl_python: str, rounds: int) -> dict[str, dict]:
+def measure(folder: Path, cores: list[int], trl_python: str, rounds: int) -> dict[str, list[dict]]:
+    """By case, what each round gave; of TRL there is one."""
     env = {"TOKENIZERS_PARALLELISM": "false", "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "JAX_PLATFORMS": "cpu"}
-    results: dict[str, dict] = {}
+    results: dict[str, list[dict]] = {}
     for case in [*CASES] * rounds:
         used = cores if case == OURS_BY_TWO else cores[:1]
         found = run_child([sys.executable, __file__, "--case", case, str(folder)], used, env)
-        results[case] = min(results.get(case, found), found, key=lambda result: result["seconds"])
+        results.setdefault(case, []).append(found)
     if trl_python:
         command = [trl_python, str(HERE / "data_prep_trl.py"), str(folder)]
         run_child([*command, "--tokenizer-from", os.environ["SFT_JAX_ASSETS"]], cores, env)
-        results[TRL] = run_child(command, cores[:1], env)
+        results[TRL] = [run_child(command, cores[:1], env)]
     else:
         print("trl: skipped, for want of --trl-python")
     return results
 
 
-def print_table(results: dict[str, dict]) -> None:
+def print_table(results: dict[str, list[dict]]) -> None:
     print(f"{'':24}{'examples/s':>11}{'per CPU s':>11}{'tokens/s':>12}{'of loop':>9}{'x trl':>7}{'MiB':>7}{'fill':>9}")
-    speeds = {case: found["examples"] / found["seconds"] for case, found in results.items()}
+    rounds = {case: np.array([one["examples"] / one["seconds"] for one in found]) for case, found in results.items()}
+    speeds = {case: float(np.median(found)) for case, found in rounds.items()}
     for case, found in results.items():
-        loop = speeds[LOOP + BYTE_LEVEL if case.endswith(BYTE_LEVEL) else LOOP]
+        loop = rounds[LOOP + BYTE_LEVEL if case.endswith(BYTE_LEVEL) else LOOP]
         per_trl = f"{speeds[case] / speeds[TRL]:7.2f}" if TRL in speeds and BYTE_LEVEL not in case else f"{'':7}"
-        fill = f"{found['fill']:9.2%}" if "fill" in found else ""
+        fill = f"{found[0]['fill']:9.2%}" if "fill" in found[0] else ""
+        per_cpu = np.median([one["examples"] / one["cpu_seconds"] for one in found])
         print(
-            f"{case:24}{speeds[case]:11,.0f}{found['examples'] / found['cpu_seconds']:11,.0f}"
-            f"{found['ids'] / found['seconds']:12,.0f}{speeds[case] / loop:9.2f}{per_trl}{found['peak_mib']:7.0f}{fill}"
+            f"{case:24}{speeds[case]:11,.0f}{per_cpu:11,.0f}{speeds[case] * found[0]['ids'] / found[0]['examples']:12,.0f}"
+            f"{np.median(rounds[case] / loop):9.2f}{per_trl}{max(one['peak_mib'] for one in found):7.0f}{fill}"
         )
-    print(f"two processes: {speeds[OURS_BY_TWO] / speeds[OURS]:.2f} times one")
+    by_two = np.median(rounds[OURS_BY_TWO] / rounds[OURS])
+    print(f"two processes: {by_two:.2f} times one")
     for name in ("examples", "ids", "supervised"):
         for suffix in ("", BYTE_LEVEL):
-            totals = {case: found[name] for case, found in results.items() if case.endswith(BYTE_LEVEL) == bool(suffix)}
-            verdict = "agree" if len(set(totals.values())) == 1 else f"DIFFER: {totals}"
-            print(f"{name}{suffix}: {max(totals.values()):,}, {verdict}")
+            ours = [case for case in results if case.endswith(BYTE_LEVEL) == bool(suffix)]
+            totals = {case: sorted({one[name] for one in results[case]}) for case in ours}
+            values = {value for found in totals.values() for value in found}
+            verdict = "agree" if len(values) == 1 else f"DIFFER: {totals}"
+            print(f"{name}{suffix}: {max(values):,}, {verdict}")
 
 
 def main() -> None:
@@ -190,7 +197,7 @@ def main() -> None:
     parser.add_argument("--trl-python", default="", help="a Python that has trl; without it, TRL is not run")
     parser.add_argument("--repeat", type=int, default=10, help=f"times {NUM_ROWS:,} examples")
     parser.add_argument(
-        "--rounds", type=int, default=1, help="each case but TRL so often, in turns; the fastest counts"
+        "--rounds", type=int, default=1, help="each case but TRL so often, in turns; medians count, of ratios too"
     )
     parser.add_argument("--cores", default="0,1", help="two processors; all but one run have the first alone")
     parser.add_argument("--case", nargs=2, metavar=("NAME", "FOLDER"), help=argparse.SUPPRESS)

@@ -18,6 +18,7 @@ from typing import Any
 _SPACE = "▁"
 _CUT_AT_SPACES = re.compile(r"[ ▁]*[^ ▁]+|[ ▁]+")
 _CUT_AT_NEWLINES_TOO = re.compile(r"\n+|[ ▁]*[^ ▁\n]+|[ ▁]+")
+_DIGIT = re.compile("[0-9]")
 _CUT_AT_DIGITS = re.compile(r"[0-9]|[^0-9]+")
 _MARKS = ".,:;?!)"
 _UNUSUAL = ("  ", "\n\n", "▁", "\0")  # without these, each space and each newline is a border of its own
@@ -43,10 +44,12 @@ class Words(dict[str, bytes]):
         self._encode = encode
 
     def __missing__(self, word: str) -> bytes:
-        parts = _CUT_AT_DIGITS.findall(word) if self._are_digits_alone else []
-        if len(parts) < 2 and len(word) > 1 and word[-1] in _MARKS and word[-2:] not in self._joined:
-            parts = [word[:-1], word[-1]]
-        ids = b"".join(map(self.__getitem__, parts)) if len(parts) > 1 else array("i", self._encode(word)).tobytes()
+        if len(word) > 1 and self._are_digits_alone and _DIGIT.search(word):
+            ids = b"".join(map(self.__getitem__, _CUT_AT_DIGITS.findall(word)))
+        elif len(word) > 1 and word[-1] in _MARKS and word[-2:] not in self._joined:
+            ids = self[word[:-1]] + self[word[-1]]
+        else:
+            ids = array("i", self._encode(word)).tobytes()
         if len(word) <= _MAX_CHARACTERS:
             if len(self) >= _MAX_WORDS:
                 self.clear()
