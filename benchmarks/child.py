@@ -26,7 +26,7 @@ def run_child(command: list[str], cores: Iterable[int], env: dict[str, str] | No
             if pid:
                 break
             sampled = max(sampled, sum(map(_memory_mib, _family(process.pid))))
-            time.sleep(0.1)
+            time.sleep(0.5)  # a look takes ten milliseconds, of the cores that are measured
         process.returncode = os.waitstatus_to_exitcode(status)
         out.seek(0)
         text = out.read()

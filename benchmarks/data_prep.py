@@ -23,6 +23,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -31,7 +32,8 @@ from gsm8k import CHATS, NUM_ROWS, make_config, write_chats
 
 HERE = Path(__file__).parent
 MAX_SEQ_LEN = 2048
-LOOP, OURS, OURS_FORGETFUL, OURS_BY_TWO = "loop", "sft_jax", "sft_jax, forgetful", "sft_jax, 2 processes"
+LOOP, LOOP_TWICE = "loop", "two loops at once"
+OURS, OURS_FORGETFUL, OURS_BY_TWO = "sft_jax", "sft_jax, forgetful", "sft_jax, 2 processes"
 TRL = "trl"
 BYTE_LEVEL = " (byte-level)"
 
@@ -159,6 +161,12 @@ def measure(folder: Path, cores: list[int], trl_python: str, rounds: int) -> dic
         used = cores if case == OURS_BY_TWO else cores[:1]
         found = run_child([sys.executable, __file__, "--case", case, str(folder)], used, env)
         results.setdefault(case, []).append(found)
+        if case == OURS_BY_TWO:  # what the machine itself gives to two at once
+            commands = [([sys.executable, __file__, "--case", LOOP, str(folder)], [core], env) for core in cores]
+            with ThreadPoolExecutor(len(cores)) as threads:
+                both = list(threads.map(run_child, *zip(*commands, strict=True)))
+            joined = {name: sum(one[name] for one in both) for name in both[0]}
+            results.setdefault(LOOP_TWICE, []).append(joined | {"seconds": max(one["seconds"] for one in both)})
     if trl_python:
         command = [trl_python, str(HERE / "data_prep_trl.py"), str(folder)]
         run_child([*command, "--tokenizer-from", os.environ["SFT_JAX_ASSETS"]], cores, env)
@@ -176,17 +184,18 @@ def print_table(results: dict[str, list[dict]]) -> None:
         loop = rounds[LOOP + BYTE_LEVEL if case.endswith(BYTE_LEVEL) else LOOP]
         per_trl = f"{speeds[case] / speeds[TRL]:7.2f}" if TRL in speeds and BYTE_LEVEL not in case else f"{'':7}"
         fill = f"{found[0]['fill']:9.2%}" if "fill" in found[0] else ""
+        ids_per_example = found[0]["ids"] / found[0]["examples"]
         per_cpu = np.median([one["examples"] / one["cpu_seconds"] for one in found])
         print(
-            f"{case:24}{speeds[case]:11,.0f}{per_cpu:11,.0f}{speeds[case] * found[0]['ids'] / found[0]['examples']:12,.0f}"
+            f"{case:24}{speeds[case]:11,.0f}{per_cpu:11,.0f}{speeds[case] * ids_per_example:12,.0f}"
             f"{np.median(rounds[case] / loop):9.2f}{per_trl}{max(one['peak_mib'] for one in found):7.0f}{fill}"
         )
-    by_two = np.median(rounds[OURS_BY_TWO] / rounds[OURS])
-    print(f"two processes: {by_two:.2f} times one")
+    for one, two in ((OURS, OURS_BY_TWO), (LOOP, LOOP_TWICE)):
+        print(f"{two}: {np.median(rounds[two] / rounds[one]):.2f} times {one}")
     for name in ("examples", "ids", "supervised"):
         for suffix in ("", BYTE_LEVEL):
-            ours = [case for case in results if case.endswith(BYTE_LEVEL) == bool(suffix)]
-            totals = {case: sorted({one[name] for one in results[case]}) for case in ours}
+            of_one = [case for case in results if case.endswith(BYTE_LEVEL) == bool(suffix) and case != LOOP_TWICE]
+            totals = {case: sorted({one[name] for one in results[case]}) for case in of_one}
             values = {value for found in totals.values() for value in found}
             verdict = "agree" if len(values) == 1 else f"DIFFER: {totals}"
             print(f"{name}{suffix}: {max(values):,}, {verdict}")
