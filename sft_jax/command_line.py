@@ -5,14 +5,16 @@ import difflib
 import functools
 import json
 import logging
+import os
 import re
 import runpy
+import select
 import signal
 import sys
 import warnings
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 import ml_collections
 import yaml
@@ -44,6 +46,18 @@ def run_command(command: Callable[[list[str]], int | None], argv: Sequence[str] 
             raise
         print("interrupted: the same command goes on from what is finished", file=sys.stderr)
         return 128 + signal.SIGINT
+    except BrokenPipeError:
+        if debug or not _is_unread(sys.stdout):
+            raise
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # for what is not flushed yet
+        return 128 + signal.SIGPIPE
+
+
+def _is_unread(out: TextIO) -> bool:
+    """Whether who read a pipe has had enough, as `head` has."""
+    poll = select.poll()
+    poll.register(out, 0)
+    return any(event & select.POLLERR for _, event in poll.poll(0))
 
 
 def config_parser(prog: str, description: str, example: str) -> argparse.ArgumentParser:

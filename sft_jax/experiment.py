@@ -254,7 +254,7 @@ def refuse_changes(
     in_data = describe_changes(saved, now)
     if in_model or (in_data and not config.run.override_fingerprint):
         changed = "\n".join(f"  {change}" for change in [*in_model, *in_data])
-        way_on = "" if in_model else ", or go on with the new data by --override-fingerprint"
+        way_on = "" if in_model else ", or go on with the new data: `sft-jax train --override-fingerprint`"
         raise ConfigError(
             f"config.run.dir: {config.run.dir} has a checkpoint of step {step} of another model, on other data or in "
             f"another order:\n{changed}\nRestore what it was, name a new config.run.dir{way_on}."

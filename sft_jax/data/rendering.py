@@ -252,7 +252,10 @@ class Renderer:
         for i, message in enumerate(messages):
             head, opens, rest = message.content.partition(marks.opens)
             reasoning, closes, content = rest.partition(marks.closes)
-            if message.role == "assistant" and opens and closes and not head.strip() and not message.reasoning:
+            if message.role == "assistant" and opens and closes and not head.strip():
+                if message.reasoning.strip() not in ("", reasoning.strip()):
+                    what = f"message {i + 1} has reasoning in two places, and they differ. Remove one of the fields."
+                    raise RowError("conflicting_fields", conversation.origin, what)
                 messages[i] = message._replace(reasoning=reasoning.strip(), content=content.lstrip())
                 num_split += 1
         return conversation._replace(messages=tuple(messages)), num_split

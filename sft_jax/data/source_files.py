@@ -26,6 +26,7 @@ _NOT_ROWS = frozenset({_STATE, _INFO, _SPLITS, "dataset_infos.json"})
 _HIDDEN = "hidden: the name begins with a dot"
 _LINKED = "a link to a folder, which is not followed"
 _OTHER_KIND = "of a kind that is not read"
+_NO_FILE = "a pipe, socket or device"
 _NOTE = "a note of `datasets` beside its tables"
 _LEFT_OVER = f"not among the tables that {_STATE} names"
 
@@ -92,7 +93,12 @@ def _resolve(place: "_Disk | _Remote", path: str, field: str) -> Found:
     elif glob.has_magic(path):
         found, kind = [], "pattern"
         for match in place.match(path):
-            found.extend(place.walk(match, passed) if place.is_folder(match) else [match])
+            if place.is_folder(match):
+                found.extend(place.walk(match, passed))
+            elif place.is_special(match):
+                passed.append(NotRead(match, _NO_FILE))
+            else:
+                found.append(match)
         if not found and not passed:
             raise DataError(f"{field}: {path!r} matches nothing. {_near_matches(place, path)}")
     else:
@@ -135,7 +141,7 @@ def _choose(place: "_Disk | _Remote", found: list[str], passed: list[NotRead], f
                 files.append(path)
             else:
                 passed.append(NotRead(path, _OTHER_KIND))
-    _refuse_twice(files, field)
+    _refuse_twice(place, files, field)
     return sorted(files)
 
 
@@ -154,17 +160,16 @@ def _read_state(place: "_Disk | _Remote", folder: str, names: dict[str, str], fi
     return [names[name] for name in tables]
 
 
-def _refuse_twice(files: Iterable[str], field: str) -> None:
-    """The same rows under two names would be trained on twice."""
+def _refuse_twice(place: "_Disk | _Remote", files: Iterable[str], field: str) -> None:
+    """The same rows under two names, by a link or by an ending, would be trained on twice."""
     seen: dict[str, str] = {}
     for path in files:
-        plain = path.lower().removesuffix(".gz").removesuffix(".zst")
-        if plain in seen:
-            raise DataError(
-                f"{field}: both {seen[plain]!r} and {path!r} are there, which look like the same rows. Remove one, or "
-                "name the files with a pattern."
-            )
-        seen[plain] = path
+        for name in {path.lower().removesuffix(".gz").removesuffix(".zst"), place.real_path(path)}:
+            if seen.setdefault(name, path) != path:
+                raise DataError(
+                    f"{field}: both {seen[name]!r} and {path!r} are there, which look like the same rows. Remove one, "
+                    "or name the files with a pattern."
+                )
 
 
 def _near_matches(place: "_Disk | _Remote", path: str) -> str:
@@ -199,10 +204,21 @@ class _Disk:
                 elif os.path.isdir(path):
                     if os.path.islink(path):
                         passed.append(NotRead(path, _LINKED))
+                elif _Disk.is_special(path):
+                    passed.append(NotRead(path, _NO_FILE))
                 else:
                     found.append(path)
             folders[:] = [name for name in folders if not name.startswith(".")]
         return found
+
+    @staticmethod
+    def is_special(path: str) -> bool:
+        """Whether reading it may never end. A link to nothing is not: reading it says so."""
+        return os.path.exists(path) and not os.path.isfile(path)
+
+    @staticmethod
+    def real_path(path: str) -> str:
+        return os.path.realpath(path)
 
     @staticmethod
     def match(pattern: str) -> list[str]:
@@ -246,6 +262,12 @@ class _Remote:
             else:
                 found.append(full)
         return found
+
+    def is_special(self, url: str) -> bool:
+        return False
+
+    def real_path(self, url: str) -> str:
+        return url
 
     def match(self, url: str) -> list[str]:
         found = [path for path in self._filesystem.glob(url) if not posixpath.basename(path).startswith(".")]

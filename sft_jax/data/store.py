@@ -36,6 +36,7 @@ from sft_jax.data.part_sharing import make_parts
 from sft_jax.data.preparation import Recipe
 from sft_jax.data.rendering import Renderer
 from sft_jax.data.report import Account
+from sft_jax.data.source_files import file_kind
 from sft_jax.data.sources import hash_file
 from sft_jax.datatypes import DataError, Origin, StorageError, TokenizedExample, shift
 
@@ -133,7 +134,7 @@ def open_store(
       StorageError: config.data.store_dir cannot be written.
     """
     contents = [hash_file(file) for file in files]
-    fields = _fingerprint_fields(source, contents, data, renderer)
+    fields = _fingerprint_fields(source, files, contents, data, renderer)
     store_dir = Path(data.store_dir).expanduser()
     folder = store_dir / hashlib.sha256(json.dumps(fields, sort_keys=True).encode()).hexdigest()
     if not folder.exists():
@@ -149,16 +150,18 @@ def open_store(
 
 
 def _fingerprint_fields(
-    source: SourceConfig, contents: Sequence[str], data: DataConfig, renderer: Renderer
+    source: SourceConfig, files: Sequence[str], contents: Sequence[str], data: DataConfig, renderer: Renderer
 ) -> dict[str, Any]:
     """All that shapes the examples, as JSON values by name. Those of the source alone begin with `source.`."""
     return {
         "source.path": contents,
+        "source.read_as": [file_kind(file) for file in files],  # by its ending, which may be another
         "source.format": source.format,
         "source.split": source.split,
         "source.held_out_fraction": source.held_out_fraction,
         "source.max_rows": source.max_rows,
         "source.fields": dict(source.fields),
+        "config.data.new_tokens": list(data.new_tokens),
         "config.data.role_map": dict(data.role_map),
         "config.data.policies": dict(data.policies),
         "config.data.unknown_tokens": data.unknown_tokens,

@@ -243,7 +243,7 @@ def load_template(chat_template: str, tokenizer: Tokenizer, kwargs: Mapping[str,
     """
     template = _find_template(chat_template, tokenizer, kwargs)
     for name in kwargs if template.text else ():
-        if name != "now" and name not in template.variables_read:
+        if name not in template.variables_read and not (name == "now" and "strftime_now" in template.text):
             close = difflib.get_close_matches(name, template.variables_read, n=1)
             hint = f"Did you mean {close[0]}?" if close else "Take it out."
             what = f"chat template {template.name} does not read it"

@@ -2,8 +2,10 @@
 
 import dataclasses
 import json
+import signal
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
@@ -157,6 +159,17 @@ def test_what_is_no_tokenizer_template_or_file(capsys):
     for kwargs in ("{", "[1]"):
         assert "kwargs" in run_error(capsys, [*CHATML, f"--template-kwargs={kwargs}"])
     assert "is 'csv'; expected auto, messages" in run_error(capsys, [*CHATML, "--format=csv"])
+
+
+def test_a_reader_that_has_had_enough_ends_it_without_a_traceback():
+    row = json.dumps(chat("Hi", "Ho " * 2000)) + "\n"
+    Path("rows.jsonl").write_text(row * 20)
+    command = [sys.executable, "-m", "sft_jax.cli.main", "render", "--input=rows.jsonl", "--json", *CHATML]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
+        assert process.stdout.readline()
+        process.stdout.close()
+        assert process.stderr.read() == b""
+    assert process.returncode == 128 + signal.SIGPIPE
 
 
 def test_it_starts_without_jax():

@@ -5,6 +5,7 @@ import json
 import numpy as np
 import pytest
 
+from sft_jax.data.errors import RowError
 from sft_jax.data.rendering import Renderer, RenderOptions
 from sft_jax.data.templates import ChatTemplate
 from sft_jax.data.tokenizer import load_tokenizer
@@ -142,6 +143,10 @@ def test_reasoning_that_opens_content_is_split_and_counted(tiny_byte_level):
     row = make_row(reasoning="", content="<think>\nR\n</think>\n\nA")
     audited.assert_stays_text(row, "split")
     assert audited.renderer.render_row(row).counts == {"reasoning_split": 1}
+    again = make_row(reasoning="R", content="<think>R</think>A")
+    assert audited.renderer.render(again)[0].ids.tolist() == audited.renderer.render(row)[0].ids.tolist()
+    with pytest.raises(RowError, match="message 3 has reasoning in two places, and they differ"):
+        audited.renderer.render(make_row(reasoning="S", content="<think>R</think>A"))
     messages = (*row.messages[:2], row.messages[2]._replace(content="A <think>R</think>"), *row.messages[3:])
     examples = audited.renderer.render(row._replace(messages=messages))
     assert len(skeleton(audited, examples[0])) == len(audited.expected) - 2  # in the middle it is text

@@ -3,6 +3,7 @@
 import gzip
 import hashlib
 import json
+import os
 import pickle
 import re
 import sys
@@ -15,6 +16,7 @@ import pyarrow.parquet
 import pytest
 import zstandard
 
+from sft_jax.data.source_files import NotRead
 from sft_jax.data.sources import BadRow, find_files, hash_file, read_chunks, read_rows, resolve_files
 from sft_jax.datatypes import DataError, Origin, RawRow
 
@@ -208,6 +210,23 @@ def test_what_is_not_read_is_told(tmp_path):
         assert names == ["a.jsonl", "cached/x.parquet", "f.jsonl", "saved/data-0.arrow"]
         assert {path.removeprefix(f"{tmp_path}/a/"): reason for path, reason in not_read} == expected
     assert find_files(f"{tmp_path}/a/e", FIELD).files == [f"{tmp_path}/a/e/d.jsonl"]  # named, it is followed
+
+
+@pytest.mark.parametrize(("link", "to"), [("a/z.jsonl", "a/a.jsonl"), ("b", "a"), ("z.jsonl", "a/a.jsonl")])
+def test_what_a_link_would_double_is_refused(tmp_path, link, to):
+    touch(tmp_path, "a/a.jsonl")
+    (tmp_path / link).symlink_to(tmp_path / to)
+    with pytest.raises(DataError, match=r"which look like the same rows\. Remove one"):
+        find_files(f"{tmp_path}/**", FIELD)
+
+
+@pytest.mark.parametrize("path", ["a", "a/*"])
+def test_a_pipe_is_not_waited_for(tmp_path, path):
+    touch(tmp_path, "a/a.jsonl")
+    os.mkfifo(tmp_path / "a/b.jsonl")
+    files, not_read = find_files(f"{tmp_path}/{path}", FIELD)
+    assert files == [f"{tmp_path}/a/a.jsonl"]
+    assert not_read == [NotRead(f"{tmp_path}/a/b.jsonl", "a pipe, socket or device")]
 
 
 def test_a_pattern_stands_for_what_it_matches(tmp_path):

@@ -189,6 +189,16 @@ def test_everything_that_shapes_a_store_is_in_its_name(tmp_path):
     assert stores[-1].example(0).targets.tolist() != stores[0].example(0).targets.tolist()
 
 
+def test_how_a_file_is_read_is_in_its_name(tmp_path):
+    array = f"[{GOOD}, {GOOD}]"
+    lines = prepare(tmp_path, write(tmp_path, GOOD, array), max_bad_fraction=0.5)
+    assert lines.account.rows_trained == 1
+    stored = prepare(tmp_path, write(tmp_path, array, name="rows.json"))
+    named = prepare(tmp_path, write(tmp_path, array, name="rows.jsonl"), max_bad_fraction=1.0)
+    assert stored.account.rows_trained == 2
+    assert named.fingerprint != stored.fingerprint
+
+
 def test_the_path_and_the_limit_on_bad_rows_are_not_in_its_name(tmp_path):
     store = prepare(tmp_path, write(tmp_path, GOOD))
     moved = prepare(tmp_path, write(tmp_path, GOOD, name="moved.jsonl"), max_bad_fraction=0.5)

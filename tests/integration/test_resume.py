@@ -147,7 +147,7 @@ def test_other_data_are_refused_by_the_name_of_what_changed(folder, capsys, case
     assert status == 2
     changes = [line.strip() for line in err.splitlines() if line.startswith("  ")]
     assert sorted(changes) == sorted(expected)
-    assert "by --override-fingerprint" in err
+    assert "or go on with the new data: `sft-jax train --override-fingerprint`" in err
     assert {path: path.read_bytes() for path in (folder / "run").rglob("*") if path.is_file()} == before
 
 
