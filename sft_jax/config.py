@@ -126,7 +126,7 @@ _CHOICES: dict[str, tuple[str, ...]] = {
     "model.param_dtype": ("float32", "bfloat16", "float64"),
     "model.frozen_dtype": ("", "float32", "bfloat16", "float64"),
     "model.compute_dtype": ("float32", "bfloat16", "float64"),
-    "model.attention": ("reference", "splash"),
+    "model.attention": ("reference", "splash", "pallas_gpu"),
     "model.remat": ("none", "dots", "attention", "full", "offload", "offload_attention"),
     "data.packing": ("best_fit", "none"),
     "data.supervise": ("all", "last", "weighted"),
