@@ -201,6 +201,10 @@ class OptimizerConfig:
     """Gradients are scaled to at most this global norm; 0: no clipping."""
     accum_dtype: str = "float32"
     """dtype of the accumulated gradients."""
+    moment_dtype: str = "float32"
+    """dtype of what the optimizer remembers of each parameter: 8 bytes of it for adamw in float32, 4 for lion and sgd;
+    half of that in bfloat16, rounded at random so that it is right in the mean (`sft_jax/training/moments.py`).
+    adafactor's is small, and float32."""
     max_skipped_steps: int = 10
     """So many non-finite steps in a row stop the run."""
 
