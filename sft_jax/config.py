@@ -126,7 +126,7 @@ _CHOICES: dict[str, tuple[str, ...]] = {
     "model.param_dtype": ("float32", "bfloat16", "float64"),
     "model.frozen_dtype": ("", "float32", "bfloat16", "float64"),
     "model.compute_dtype": ("float32", "bfloat16", "float64"),
-    "model.attention": ("reference", "splash"),
+    "model.attention": ("reference", "splash", "pallas_gpu"),
     "model.remat": ("none", "dots", "attention", "full", "offload", "offload_attention"),
     "data.packing": ("best_fit", "none"),
     "data.supervise": ("all", "last", "weighted"),
@@ -139,6 +139,7 @@ _CHOICES: dict[str, tuple[str, ...]] = {
     "lora.quantize": ("none", "int8", "int4", "nf4"),
     "optimizer.name": ("adamw", "adafactor", "lion", "sgd"),
     "optimizer.accum_dtype": ("float32", "bfloat16", "float64"),
+    "optimizer.moment_dtype": ("float32", "bfloat16", "float64"),
     "schedule.name": ("cosine", "linear", "constant", "wsd"),
 }
 _SOURCE_FORMATS = ("auto", *FORMATS)
@@ -232,6 +233,9 @@ def validate(config: Config) -> list[str]:
         require(get(path) in eval_names, path, f"is {get(path)!r}; no set in data.eval has that name.")
     rows, parts = batch.batch_size, batch.grad_accum_steps
     require(parts < 1 or rows % parts == 0, "batch.grad_accum_steps", f"{parts} does not divide batch_size {rows}.")
+    narrow = config.optimizer.moment_dtype == "bfloat16"
+    small = "is 'bfloat16', and adafactor's moments are small and float32. Set float32, or adamw."
+    require(not narrow or config.optimizer.name != "adafactor", "optimizer.moment_dtype", small)
     kept, saved = config.checkpoint.keep_every, config.checkpoint.every_steps
     of_saved = saved > 0 and kept % saved == 0
     expected = f"expected a multiple of checkpoint.every_steps, {saved}"

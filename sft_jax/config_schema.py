@@ -43,7 +43,8 @@ class ModelConfig:
     compute_dtype: str = "bfloat16"
     """dtype of activations and matmuls; the loss is at least float32 in any case."""
     attention: str = "reference"
-    """Attention kernel by name: reference, which runs anywhere, or splash, for TPUs."""
+    """Attention kernel by name: reference, which runs anywhere; splash, for TPUs; pallas_gpu, for GPUs, with heads of
+    up to 128 dims and no windows, soft-caps or sinks. Both kernels need a max_seq_len that 128 divides."""
     remat: str = "full"
     """What is recomputed in the backward pass: none, dots (all but outputs of the layers' matrices), attention (all but
     layer inputs and attention's outputs), full (all but layer inputs); and with what is kept in the host's memory,
@@ -200,6 +201,10 @@ class OptimizerConfig:
     """Gradients are scaled to at most this global norm; 0: no clipping."""
     accum_dtype: str = "float32"
     """dtype of the accumulated gradients."""
+    moment_dtype: str = "float32"
+    """dtype of what the optimizer remembers of each parameter: 8 bytes of it for adamw in float32, 4 for lion and sgd;
+    half of that in bfloat16, rounded at random so that it is right in the mean (`sft_jax/training/moments.py`).
+    adafactor's is small, and float32."""
     max_skipped_steps: int = 10
     """So many non-finite steps in a row stop the run."""
 

@@ -94,7 +94,7 @@ class ModelOnMesh:
 
     @cached_property
     def optimizer(self) -> optax.GradientTransformation:
-        return build_optimizer(self.config.optimizer)
+        return build_optimizer(self.config.optimizer, self.config.run.seed)
 
     @cached_property
     def abstract_state(self) -> TrainState:
@@ -110,6 +110,7 @@ class ModelOnMesh:
             "config.model.param_dtype": section.param_dtype,
             "config.model.freeze": list(section.freeze),
             "config.optimizer.name": self.config.optimizer.name,
+            "config.optimizer.moment_dtype": self.config.optimizer.moment_dtype,
         }
         if self.leaves[1]:
             identity["config.model.frozen_dtype"] = section.frozen_dtype

@@ -38,6 +38,12 @@ def test_defaults_convert():
         ("batch.batch_size", 0, "config.batch.batch_size: is 0; expected at least 1"),
         ("batch.grad_accum_steps", 3, "config.batch.grad_accum_steps: 3 does not divide batch_size 64"),
         ("optimizer.name", "adam", "config.optimizer.name: is 'adam'; expected one of adamw"),
+        ("optimizer.moment_dtype", "float16", "config.optimizer.moment_dtype: is 'float16'; expected one of float32"),
+        (
+            "optimizer",
+            dict(name="adafactor", moment_dtype="bfloat16"),
+            "config.optimizer.moment_dtype: is 'bfloat16', and adafactor's moments are small and float32",
+        ),
         ("optimizer.learning_rate", float("nan"), "config.optimizer.learning_rate: is nan"),
         ("schedule.decay_fraction", 0.1, "config.schedule.decay_fraction: is set, but cosine has no such parameter"),
         ("mesh.replica", -1, "config.mesh: has more than one axis at -1"),

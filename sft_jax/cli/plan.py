@@ -162,6 +162,9 @@ def ways_to_fit(plan: Plan) -> list[str]:
         ways.append(f"config.model.remat: is {config.model.remat}; full keeps the least")
     if config.model.attention == "reference":
         ways.append("config.model.attention: is reference, which makes score matrices; splash makes none")
+    if config.optimizer.moment_dtype != "bfloat16" and config.optimizer.name != "adafactor":
+        held = _size(plan.bytes["optimizer"])
+        ways.append(f"config.optimizer.moment_dtype: is {config.optimizer.moment_dtype}; bfloat16 halves {held}")
     if plan.mesh["fsdp"] == 1 and plan.topology.num_devices > 1:
         ways.append("config.mesh.fsdp: is 1, so that every device has all parameters")
     if config.loss.chunk_tokens > 1024:

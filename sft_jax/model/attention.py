@@ -76,19 +76,44 @@ def attend(
     """
     if name == "reference":
         return checkpoint_name(reference(q, k, v, rows, scores, kv_rows, sinks), ATTENTION)
-    if name != "splash":
-        raise ConfigError(f"config.model.attention: is {name!r}; expected 'reference' or 'splash'.")
+    if name not in ("splash", "pallas_gpu"):
+        raise ConfigError(f"config.model.attention: is {name!r}; expected 'reference', 'splash' or 'pallas_gpu'.")
     if kv_rows is not None:
         raise ConfigError(
-            "config.model.attention: 'splash' is for packed rows, and these queries read a cache. Set 'reference'."
+            f"config.model.attention: {name!r} is for packed rows, and these queries read a cache. Set 'reference'."
         )
     # Only now: Pallas is slow to import, and these need this module's types.
+    if name == "pallas_gpu":
+        from sft_jax.model.pallas_gpu import attend_pallas_gpu
+
+        return attend_pallas_gpu(q, k, v, rows, scores, sinks, mesh)
     from sft_jax.model.ring import attend_ring
     from sft_jax.model.splash import attend_splash
 
     if mesh is not None and mesh.shape["context"] > 1:
         return attend_ring(q, k, v, rows, scores, sinks, mesh)
     return attend_splash(q, k, v, rows, scores, sinks, mesh)
+
+
+def is_interpreted(name: str, made_for: str, q: Array, mesh: Mesh | AbstractMesh | None) -> bool:
+    """Whether the kernel called `name`, made for the platform `made_for`, is interpreted: on a CPU.
+
+    Raises:
+      ConfigError: for another platform, or a dtype wider than those that kernels add up in.
+    """
+    # Of the devices that will run it: those of the mesh, which may be of a topology that is not here.
+    platform = mesh.devices.flat[0].platform if isinstance(mesh, Mesh) else jax.default_backend()
+    if platform not in (made_for, "cpu"):
+        raise ConfigError(
+            f"config.model.attention: {name!r} is a {made_for.upper()} kernel, and the devices are {platform}. "
+            "Set 'reference'."
+        )
+    if q.dtype.itemsize > 4:
+        raise ConfigError(
+            f"config.model.attention: {name!r} adds up in float32, and config.model.compute_dtype is {q.dtype}. "
+            "Set float32 or bfloat16 there, or 'reference' here."
+        )
+    return platform == "cpu"
 
 
 def reference(

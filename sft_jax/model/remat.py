@@ -10,7 +10,7 @@ By the names in config.model.remat, of a layer with an input x of [B, L, D]:
     offload_attention  kept in the host's memory: x and attention's output
 
 `attention` spares attention's forward pass where the kernel says what its backward pass needs, as splash and the ring
-do: the output and a float32 for each query and head. The reference is recomputed whatever is kept.
+do: the output and a float32 for each query and head. The reference and pallas_gpu are recomputed whatever is kept.
 """
 
 from collections.abc import Callable

@@ -28,9 +28,9 @@ from jax.sharding import AbstractMesh, Mesh
 from jax.sharding import PartitionSpec as P
 
 from sft_jax.datatypes import ConfigError
-from sft_jax.model.attention import Rows, Scores
+from sft_jax.model.attention import Rows, Scores, is_interpreted
 from sft_jax.model.remat import ATTENTION
-from sft_jax.model.splash import check_splash, choose_blocks
+from sft_jax.model.splash import choose_blocks
 from sft_jax.sharding import BATCH_AXES
 from sft_jax.typing import Array, Float
 
@@ -67,7 +67,7 @@ def attend_ring(
     Raises:
       ConfigError: for windows and sinks, and for what `splash` refuses.
     """
-    interpret = check_splash(q, mesh)
+    interpret = is_interpreted("splash", "tpu", q, mesh)
     size, length = mesh.shape[_AXIS], q.shape[1]
     if scores.window is not None or sinks is not None:
         what = "windows" if scores.window is not None else "attention sinks"

@@ -19,7 +19,7 @@ from jax.sharding import AbstractMesh, Mesh
 from jax.sharding import PartitionSpec as P
 
 from sft_jax.datatypes import ConfigError
-from sft_jax.model.attention import Rows, Scores
+from sft_jax.model.attention import Rows, Scores, is_interpreted
 from sft_jax.model.remat import ATTENTION
 from sft_jax.sharding import BATCH_AXES
 from sft_jax.typing import Array, Float
@@ -44,7 +44,7 @@ def attend_splash(
     Raises:
       ConfigError: for a length, a dtype or a platform that the kernel is not made for.
     """
-    interpret = check_splash(q, mesh)
+    interpret = is_interpreted("splash", "tpu", q, mesh)
     blocks = choose_blocks(q.shape[1], scores.window)
     run = functools.partial(_attend_local, scores=scores, blocks=blocks, interpret=interpret)
     if mesh is not None:
@@ -53,22 +53,6 @@ def attend_splash(
         # The kernel does not say over which axes its results vary, so that nothing could be checked.
         run = jax.shard_map(run, mesh=mesh, in_specs=specs, out_specs=heads, check_vma=False)
     return run(q, k, v, rows.segment_ids, sinks)
-
-
-def check_splash(q: Array, mesh: Mesh | AbstractMesh | None) -> bool:
-    """Whether the kernel is interpreted. Raises: ConfigError."""
-    # Of the devices that will run it: those of the mesh, which may be of a topology that is not here.
-    platform = mesh.devices.flat[0].platform if isinstance(mesh, Mesh) else jax.default_backend()
-    if platform not in ("tpu", "cpu"):
-        raise ConfigError(
-            f"config.model.attention: 'splash' is a TPU kernel, and the devices are {platform}. Set 'reference'."
-        )
-    if q.dtype.itemsize > 4:
-        raise ConfigError(
-            f"config.model.attention: 'splash' adds up in float32, and config.model.compute_dtype is {q.dtype}. "
-            "Set float32 or bfloat16 there, or 'reference' here."
-        )
-    return platform == "cpu"
 
 
 def choose_blocks(length: int, window: int | None) -> kernel_lib.BlockSizes:

@@ -5,6 +5,7 @@ from typing import Any
 import optax
 
 from sft_jax.config_schema import OptimizerConfig, ScheduleConfig
+from sft_jax.training.moments import keep_moments
 
 
 def build_schedule(config: ScheduleConfig, learning_rate: float, num_steps: int) -> optax.Schedule:
@@ -39,11 +40,14 @@ def build_schedule(config: ScheduleConfig, learning_rate: float, num_steps: int)
     return optax.join_schedules(parts, joints)
 
 
-def build_optimizer(config: OptimizerConfig) -> optax.GradientTransformation:
+def build_optimizer(config: OptimizerConfig, seed: int) -> optax.GradientTransformation:
     """Gradient -> direction to subtract, before the learning rate: `params -= learning_rate * direction`.
 
     Weight decay is decoupled (arXiv:1711.05101) and acts on matrices only. Adafactor (arXiv:1804.04235) is used with
     an absolute learning rate, like the others, rather than one relative to each parameter's scale.
+
+    Args:
+      seed: of the draws by which moments in bfloat16 are rounded; others have none.
     """
     b1 = 0.9 if config.b1 is None else config.b1
     if config.name == "adamw":
@@ -55,6 +59,7 @@ def build_optimizer(config: OptimizerConfig) -> optax.GradientTransformation:
         direction = optax.trace(decay=b1)
     else:
         direction = optax.chain(optax.scale_by_factored_rms(), optax.clip_by_block_rms(1.0))
+    direction = keep_moments(direction, config.moment_dtype, seed)
     return optax.chain(direction, optax.add_decayed_weights(config.weight_decay, mask=_decays))
 
 

@@ -56,7 +56,7 @@ def make_train_step(
         grad_norm = optax.tree.norm(grads)
         clip = config.optimizer.grad_clip_norm
         scale = jnp.minimum(1.0, clip / jnp.maximum(grad_norm, 1e-12)) if clip else 1.0
-        grads = {path: (grad * scale).astype(state.params[path].dtype) for path, grad in grads.items()}
+        grads = jax.tree.map(lambda grad: grad * scale, grads)
 
         directions, opt_state = optimizer.update(grads, state.opt_state, state.params)
         learning_rate = jnp.asarray(schedule(state.num_updates))

@@ -58,8 +58,10 @@ def plan(capsys, *args):
     return status, json.loads(out)
 
 
-def test_bytes_equal_those_of_live_arrays(folder, capsys):
+@pytest.mark.parametrize("moment_dtype", ["float32", "bfloat16"])
+def test_bytes_equal_those_of_live_arrays(folder, capsys, moment_dtype):
     args = ["--config.mesh.fsdp=2", "--config.mesh.tensor=2", "--config.mesh.replica=2"]
+    args.append(f"--config.optimizer.moment_dtype={moment_dtype}")
     status, found = plan(capsys, "--topology=cpu:8", *args)
     assert status == 0
     assert found.keys() >= KEYS
@@ -74,6 +76,8 @@ def test_bytes_equal_those_of_live_arrays(folder, capsys):
     live = lambda tree: sum(leaf.addressable_shards[0].data.nbytes for leaf in jax.tree.leaves(tree))  # noqa: E731
     assert found["bytes"]["parameters"] == live(state.params)
     assert found["bytes"]["optimizer"] == live(state.opt_state)
+    moments = 8 if moment_dtype == "float32" else 4
+    assert found["bytes"]["optimizer"] == found["bytes"]["parameters"] / 4 * moments + (4 if moments == 8 else 8)
     read = dataclasses.replace(batch, rows=())  # jit leaves out what no draw is keyed by
     assert found["bytes"]["arguments"] == live((state, frozen, read))
     new_state, metrics = jit_train_step(placed, 10, 1)(state, frozen, batch)
@@ -120,6 +124,7 @@ def test_what_does_not_fit_is_a_plan_with_status_1(folder, capsys, monkeypatch):
     assert "too much" in out
     assert "config.model.attention: is reference" in out
     assert "config.batch.grad_accum_steps: 8 rows" in out
+    assert "config.optimizer.moment_dtype: is float32; bfloat16 halves " in out
 
 
 def test_hours_are_counted_from_the_data_report(folder, capsys):

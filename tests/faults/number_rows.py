@@ -73,7 +73,7 @@ class NumberLab:
             path: jax.device_put(0.3 * jax.random.normal(key, leaf.shape, leaf.dtype), shardings[path])
             for key, (path, leaf) in zip(keys, shapes.items(), strict=True)
         }
-        optimizer = build_optimizer(self.config.optimizer)
+        optimizer = build_optimizer(self.config.optimizer, seed=0)
         return self.step(init_state(params, optimizer), self.batch(0), *self.nowhere)[0]
 
     def batch(self, seed: int) -> Batch:
@@ -99,7 +99,9 @@ class NumberLab:
         the loss."""
         config = self.config
         schedule = build_schedule(config.schedule, config.optimizer.learning_rate, 10)
-        step = step_module.make_train_step(config, MODEL, build_optimizer(config.optimizer), schedule, self.mesh)
+        step = step_module.make_train_step(
+            config, MODEL, build_optimizer(config.optimizer, seed=0), schedule, self.mesh
+        )
         inner = step_module._accumulate_grads
 
         def poisoned(state: TrainState, batch: Batch, value: Any, leaf: Any, element: Any) -> Any:

@@ -82,7 +82,7 @@ def place(folder, mesh=None, devices=1, *, model=None, **lora):
         model=ModelConfig(**section | (model or {})),
         batch=BatchConfig(batch_size=B, grad_accum_steps=2 if mesh else 1),
         loss=LossConfig(chunk_tokens=7),
-        optimizer=OptimizerConfig(learning_rate=1e-2, weight_decay=0.1, accum_dtype="float64"),
+        optimizer=OptimizerConfig(learning_rate=1e-2, weight_decay=0.1, accum_dtype="float64", moment_dtype="float64"),
         schedule=ScheduleConfig(name="constant", warmup_steps=0),
         lora=LoraConfig(rank=4, **lora),
     )

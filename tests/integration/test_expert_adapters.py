@@ -50,7 +50,7 @@ def place(mesh=None, devices=1, **lora):
     config = Config(
         model=ModelConfig(param_dtype="float64", compute_dtype="float64"),
         batch=BatchConfig(batch_size=B),
-        optimizer=OptimizerConfig(learning_rate=1e-2, accum_dtype="float64"),
+        optimizer=OptimizerConfig(learning_rate=1e-2, accum_dtype="float64", moment_dtype="float64"),
         schedule=ScheduleConfig(name="constant", warmup_steps=0),
         lora=LoraConfig(rank=4, **{"targets": (".*",)} | lora),
     )

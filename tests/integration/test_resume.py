@@ -5,12 +5,14 @@ import json
 import shutil
 from pathlib import Path
 
+import jax
 import pytest
 from etils import epath
 
 from sft_jax.checkpoint.reader import CheckpointReader
 from sft_jax.cli.main import dispatch
-from sft_jax.command_line import run_command
+from sft_jax.command_line import read_config, run_command
+from sft_jax.experiment import open_renderer, place_model
 from sft_jax.main import main
 from sft_jax.testbed.make import BASE_MODEL
 
@@ -200,6 +202,33 @@ def test_another_model_is_not_overridden(folder, capsys):
     assert "config.optimizer.name: adamw -> lion" in err
     assert "config.data.train[1].path: its content changed" in err
     assert "--override-fingerprint" not in err
+
+
+def restore(step, *args):
+    """The whole state that a run has saved."""
+    config = read_config(["--config=config.py", *args])
+    placed = place_model(config, open_renderer(config))
+    reader = CheckpointReader(epath.Path(config.run.dir))
+    state, _ = reader.restore(step, vars(placed.abstract_state))
+    reader.close()
+    return jax.tree.leaves_with_path(jax.device_get(state))
+
+
+def test_moments_that_are_rounded_at_random_are_rounded_alike_after_a_resume(folder, capsys):
+    args = ("--config.optimizer.moment_dtype=bfloat16", "--config.schedule.num_steps=4", "--config.run.dir=one")
+    assert train(capsys, *args)[0] == 0
+    parts = (*args[:-1], "--config.run.dir=two")
+    for steps in (2, 4):
+        status, out, err = train(capsys, *parts, f"--config.schedule.num_steps={steps}")
+        assert status == 0, err
+    assert "resumed     at step 2 of 4" in out
+    whole, resumed = restore(4, *args), restore(4, *parts)
+    assert sum(leaf.dtype.name == "bfloat16" for _, leaf in whole) > 10
+    for (path, one), (_, other) in zip(whole, resumed, strict=True):
+        assert one.tobytes() == other.tobytes(), path
+    status, _, err = train(capsys, *parts[1:], "--config.schedule.num_steps=5")
+    assert status == 2
+    assert "config.optimizer.moment_dtype: bfloat16 -> float32" in err
 
 
 def test_the_flag_changes_nothing_where_nothing_changed(folder, capsys):

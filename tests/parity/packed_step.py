@@ -57,7 +57,7 @@ def train_one_step(
     shapes = {rule.path: rule.shape(model) for rule in tensor_rules(model)}
     shardings = shardings_for(mesh, {path: logical_dims(path) for path in shapes}, shapes)
     params = load_pretrained(folder, model, shardings, "float32")
-    optimizer = build_optimizer(config.optimizer)
+    optimizer = build_optimizer(config.optimizer, seed=0)
     step = make_train_step(config, model, optimizer, optax.constant_schedule(learning_rate), mesh)
     origins = ((),) * len(batch["inputs"])
     placed = place_batch(HostBatch(step=0, **batch, origins=origins), mesh, config.batch.batch_size)

@@ -44,7 +44,7 @@ GRADS = {"a.kernel": jnp.asarray([[0.1, -0.2], [0.0, 0.4]]), "norm.scale": jnp.a
 
 
 def first_direction(**fields):
-    optimizer = build_optimizer(OptimizerConfig(**fields))
+    optimizer = build_optimizer(OptimizerConfig(**fields), seed=0)
     direction, _ = optimizer.update(GRADS, optimizer.init(PARAMS), PARAMS)
     return direction
 
@@ -76,7 +76,7 @@ def test_weight_decay_is_decoupled_and_spares_norms(name):
 )
 def test_every_option_changes_the_update(name, field):
     def third(**fields):
-        optimizer = build_optimizer(OptimizerConfig(name=name, **fields))
+        optimizer = build_optimizer(OptimizerConfig(name=name, **fields), seed=0)
         state = optimizer.init(PARAMS)
         for scale in (1.0, -0.5, 0.05):
             grads = {path: grad * scale for path, grad in GRADS.items()}

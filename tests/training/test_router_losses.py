@@ -19,7 +19,7 @@ from sft_jax.training.step import narrow_kernels, sum_batch_loss
 
 MIXTURE = MoeConfig(
     num_experts=8, experts_per_token=3, expert_dim=8, scores="sigmoid", weights_multiplier=2.0, correction_bias=True,
-    num_groups=4, groups_per_token=2, shared_dim=12,
+    num_groups=4, groups_per_token=2, shared_dim=16,
 )  # fmt: skip
 DENSE = LayerConfig(rope=RopeConfig(theta=100.0))
 LAYERS = (LayerGroup((DENSE,), 1), LayerGroup((dataclasses.replace(DENSE, moe=MIXTURE),), 2))
@@ -52,8 +52,16 @@ def assert_same_router(one, other):
 
 
 @pytest.mark.parametrize(
-    "axes", [{"fsdp": 2, "expert": 4}, {"fsdp": 2, "tensor": 2, "expert": 2}, {"context": 4, "expert": 2}], ids=str
-)
+    "axes",
+    [
+        {"expert": 8}, {"fsdp": 2, "tensor": 2, "expert": 2}, {"context": 4, "expert": 2},
+        *(pytest.param(axes, marks=pytest.mark.slow) for axes in (
+            {"replica": 8}, {"fsdp": 8}, {"context": 8}, {"tensor": 8}, {"replica": 2, "tensor": 4},
+            {"fsdp": 2, "expert": 4}, {"replica": 2, "fsdp": 2, "expert": 2}, {"context": 2, "tensor": 2, "expert": 2},
+        )),
+    ],
+    ids=str,
+)  # fmt: skip
 def test_a_mesh_changes_nothing(axes, reference):
     other = one_step(make_config(loss=LOSSES), make_batch(), MeshConfig(**({"fsdp": 1} | axes)))
     assert_same_update(other, reference("all"))

@@ -30,7 +30,8 @@ from sft_jax.training.step import make_eval_step, make_train_step, narrow_kernel
 
 MODEL = TransformerConfig(
     vocab_size=48, layers=same_layers(2, LayerConfig(rope=RopeConfig(theta=100.0))), embed_dim=16, mlp_dim=24,
-    num_heads=4, num_kv_heads=4, head_dim=6, norm_eps=1e-5, tie_embeddings=True, max_position=64, initializer_range=0.3,
+    num_heads=16, num_kv_heads=8, head_dim=4, norm_eps=1e-5, tie_embeddings=True, max_position=64,
+    initializer_range=0.3,
 )  # fmt: skip
 B, L = 8, 16
 
@@ -47,7 +48,7 @@ def make_config(**sections):
         model=model,
         batch=BatchConfig(batch_size=B),
         loss=LossConfig(chunk_tokens=7, z_loss_weight=1e-3, label_smoothing=0.05),
-        optimizer=OptimizerConfig(learning_rate=1e-2, weight_decay=0.1, accum_dtype="float64"),
+        optimizer=OptimizerConfig(learning_rate=1e-2, weight_decay=0.1, accum_dtype="float64", moment_dtype="float64"),
         schedule=ScheduleConfig(name="constant", warmup_steps=0),
     )
     changed = {name: dataclasses.replace(getattr(base, name), **fields) for name, fields in sections.items()}
@@ -89,7 +90,7 @@ def make_state(config, mesh, freeze=()):
     params = make_params()
     shardings = shardings_for(mesh, {p: logical_dims(p) for p in params}, {p: v.shape for p, v in params.items()})
     trainable, frozen = split_params({p: jax.device_put(v, shardings[p]) for p, v in params.items()}, freeze)
-    return init_state(trainable, build_optimizer(config.optimizer)), frozen
+    return init_state(trainable, build_optimizer(config.optimizer, seed=0)), frozen
 
 
 def one_step(config, batch, mesh_config=None, freeze=()):
@@ -98,7 +99,9 @@ def one_step(config, batch, mesh_config=None, freeze=()):
     state, frozen = make_state(config, mesh, freeze)
     schedule = build_schedule(config.schedule, config.optimizer.learning_rate, 10)
     place = lambda x: jax.device_put(x, jax.NamedSharding(mesh, spec_for(("batch", "seq")[: x.ndim])))  # noqa: E731
-    step = jax.jit(make_train_step(config, MODEL, build_optimizer(config.optimizer), schedule, mesh, num_sources=2))
+    step = jax.jit(
+        make_train_step(config, MODEL, build_optimizer(config.optimizer, seed=0), schedule, mesh, num_sources=2)
+    )
     return jax.device_get((state, *step(state, frozen, jax.tree.map(place, batch))))
 
 
@@ -119,6 +122,7 @@ def relative(tree, other):
 def assert_same_update(one, other, bound=1e-9):
     for name in ("loss", "grad_norm", "weight_sum", "nll_sum", "correct_sum"):
         np.testing.assert_allclose(one[2][name], other[2][name], rtol=bound)
+    assert relative(one[1].opt_state, other[1].opt_state) < bound  # the first moment is the gradient, clipped
     assert relative(one[1].params, other[1].params) < bound
     before = one[0].params
     change = {path: one[1].params[path] - before[path] for path in before}
@@ -128,7 +132,8 @@ def assert_same_update(one, other, bound=1e-9):
 @pytest.mark.parametrize(
     ("axes", "tie_embeddings"),
     [
-        ({"replica": 8}, True), ({"fsdp": 8}, True), ({"context": 8}, True), ({"fsdp": 2, "tensor": 4}, False),
+        ({"replica": 8}, True), ({"fsdp": 8}, True), ({"context": 8}, True), ({"tensor": 8}, True),
+        ({"expert": 8}, False), ({"fsdp": 2, "tensor": 4}, False),
         ({"replica": 2, "fsdp": 2, "tensor": 2}, True), ({"replica": 2, "fsdp": 2, "tensor": 2}, False),
         ({"fsdp": 2, "context": 4}, False), ({"context": 2, "tensor": 4}, True),
         ({"replica": 2, "context": 2, "tensor": 2}, False),
@@ -217,9 +222,12 @@ def test_updates_by_hand():
     assert metrics["weight_sum"].sum() == batch.loss_weights.sum()
 
 
-@pytest.mark.parametrize("bad", ["nan", "inf", "no supervised token"])
-def test_a_bad_step_changes_only_the_counters(bad):
-    config, batch = make_config(), make_batch()
+@pytest.mark.parametrize(
+    ("bad", "moment_dtype"),
+    [("nan", "float64"), ("inf", "float64"), ("no supervised token", "float64"), ("inf", "bfloat16")],
+)
+def test_a_bad_step_changes_only_the_counters(bad, moment_dtype):
+    config, batch = make_config(optimizer={"moment_dtype": moment_dtype}), make_batch()
     if bad == "no supervised token":
         batch = dataclasses.replace(batch, loss_weights=jnp.zeros_like(batch.loss_weights))
     else:
@@ -270,16 +278,20 @@ def test_source_sums_add_up():
     assert metrics["nll_sum"].shape == (2,)
 
 
-@pytest.mark.parametrize("name", ["adamw", "adafactor", "lion", "sgd"])
-def test_abstract_state_is_the_real_one(name):
-    config = make_config(optimizer={"name": name})
+@pytest.mark.parametrize(
+    ("name", "moment_dtype"),
+    [("adamw", "float32"), ("adafactor", "float32"), ("adamw", "bfloat16"), ("lion", "bfloat16"), ("sgd", "bfloat16")],
+)
+def test_abstract_state_is_the_real_one(name, moment_dtype):
+    config = make_config(optimizer={"name": name, "moment_dtype": moment_dtype})
     mesh = build_mesh(MeshConfig(fsdp=2, tensor=4))
     shapes = abstract_params(MODEL, "float64")
     shardings = shardings_for(mesh, {p: logical_dims(p) for p in shapes}, {p: s.shape for p, s in shapes.items()})
-    abstract = abstract_state(shapes, shardings, build_optimizer(config.optimizer), mesh)
+    abstract = abstract_state(shapes, shardings, build_optimizer(config.optimizer, seed=0), mesh)
     state, _ = make_state(config, mesh)
     describe = lambda leaf: (leaf.shape, leaf.dtype, leaf.sharding.spec)  # noqa: E731
     assert jax.tree.map(describe, abstract) == jax.tree.map(describe, state)
+    assert {leaf.dtype.name for leaf in jax.tree.leaves(state.opt_state) if leaf.ndim} == {moment_dtype}
 
 
 def test_narrow_kernels_give_the_same_gradients_in_fewer_bytes():
