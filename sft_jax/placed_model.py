@@ -15,7 +15,7 @@ from sft_jax.checkpoint.hf import digest_weights, held_arrays, load_pretrained
 from sft_jax.checkpoint.merged_source import MergedSource
 from sft_jax.checkpoint.param_source import ParamSource, read_box
 from sft_jax.checkpoint.peft import load_adapter
-from sft_jax.checkpoint.peft_names import module_names
+from sft_jax.checkpoint.peft_names import module_names, parameter_names
 from sft_jax.checkpoint.quantized_source import HeldArray
 from sft_jax.config_schema import Config
 from sft_jax.datatypes import ConfigError
@@ -73,7 +73,7 @@ class ModelOnMesh:
         frozen_dtype = section.frozen_dtype or section.param_dtype
         if lora.rank:
             targets, saved = choose_modules(self.config, self.model, self.kernels)
-            whole = {path for path in self._base if path.rpartition(".")[0] in saved}
+            whole = {path for path in self._base if {path, path.rpartition(".")[0]} & set(saved)}
             return lay_out(self._base, self.kernels, targets, whole, lora, frozen_dtype)
         trainable, frozen = split_params(self._base, section.freeze)
         leaf = lambda path, dtype: Leaf(logical_dims(path), self._base[path].shape, dtype_among(path, dtype))  # noqa: E731
@@ -205,14 +205,14 @@ def choose_modules(
     Raises:
       ConfigError: a name finds nothing, or a module is both.
     """
-    names, lora = module_names(model), config.lora
+    names, parameters, lora = module_names(model), parameter_names(model), config.lora
     of_kernels = {path: called for path, called in names.items() if path in kernels}
     patterns = [pattern for pattern in lora.targets if pattern != ALL_LINEAR]
-    found = set(match_names(of_kernels, patterns, "config.lora.targets"))
+    found = set(match_names(of_kernels, parameters, patterns, "config.lora.targets"))
     if ALL_LINEAR in lora.targets:
         found |= {path for path, kernel in kernels.items() if not kernel.is_of_experts}
     targets = tuple(path for path in kernels if path in found)
-    saved = match_names(names, lora.modules_to_save, "config.lora.modules_to_save")
+    saved = match_names(names, parameters, lora.modules_to_save, "config.lora.modules_to_save")
     both = sorted(set(targets) & set(saved))
     if both:
         raise ConfigError(f"config.lora: {both[0]} is in targets and in modules_to_save. Take it out of one.")

@@ -31,6 +31,7 @@ _FAMILIAR = {
 }  # fmt: skip
 # PEFT renames what it adds to modules, as transformers renames files, but not what it saves of them whole.
 _RENAMED = {".block_sparse_moe.gate.": ".mlp.gate."}
+_BESIDE_KERNELS = ("bias", "correction")
 _OF_MODULES = ("weight", "bias", "e_score_correction_bias")
 
 
@@ -66,13 +67,25 @@ def _module(rule: TensorRule) -> str:
 
 
 def module_names(config: TransformerConfig) -> dict[str, set[str]]:
-    """Path of each module with parameters -> all that config.lora may call it."""
+    """Path of each module with parameters -> all that config.lora may call it. Sinks, of no module, are their own."""
     names: dict[str, set[str]] = {}
     for rule in tensor_rules(config):
-        module = rule.path.rpartition(".")[0]
+        module, _, parameter = rule.path.rpartition(".")
+        if parameter in _BESIDE_KERNELS:  # named by their kernel
+            continue
+        module = rule.path if parameter == "sinks" else module
         called = names.setdefault(module, {module})
         called |= {name.removesuffix(".weight") for name in (rule.hf_name, _in_memory(rule.hf_name))}
         called |= {familiar for ours, familiar in _FAMILIAR.items() if module.endswith(f".{ours}")}
+    return names
+
+
+def parameter_names(config: TransformerConfig) -> dict[str, set[str]]:
+    """Path of each module -> what its parameters are called, by which config.lora finds none."""
+    names: dict[str, set[str]] = {}
+    for rule in tensor_rules(config):
+        called = names.setdefault(rule.path.rpartition(".")[0], set())
+        called |= {rule.path, rule.hf_name, _in_memory(rule.hf_name)}
     return names
 
 

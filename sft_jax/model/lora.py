@@ -62,11 +62,17 @@ def find_kernels(model: TransformerConfig, base: Mapping[str, jax.ShapeDtypeStru
     return kernels
 
 
-def match_names(names: Mapping[str, Collection[str]], patterns: Iterable[str], where: str) -> tuple[str, ...]:
+def match_names(
+    names: Mapping[str, Collection[str]],
+    parameters: Mapping[str, Collection[str]],
+    patterns: Iterable[str],
+    where: str,
+) -> tuple[str, ...]:
     """The keys of `names` of which a pattern matches the end: `q_proj`, `attention.(query|value)`, `.*norm`.
 
     Args:
       names: path -> all that the module there is called, its path and the name in Hugging Face folders.
+      parameters: path -> what the parameters of the module there are called, which is no way to name it.
 
     Raises:
       ConfigError: a pattern matches none.
@@ -74,9 +80,15 @@ def match_names(names: Mapping[str, Collection[str]], patterns: Iterable[str], w
     found: set[str] = set()
     for pattern in patterns:
         ends_like = re.compile(rf"(?:.*\.)?(?:{pattern})")
-        matched = {path for path, called in names.items() if any(ends_like.fullmatch(name) for name in called)}
+        matched, of_parameters = (
+            {path for path, called in table.items() if any(ends_like.fullmatch(name) for name in called)}
+            for table in (names, parameters)
+        )
         if not matched:
-            known = ", ".join(sorted({" = ".join(sorted(called)) for called in names.values()}))
+            listed = sorted(of_parameters & names.keys())
+            known = ", ".join(sorted({" = ".join(sorted(names[path])) for path in listed or names}))
+            if listed:
+                raise ConfigError(f"{where}: {pattern!r} finds parameters only. Name modules: {known}.")
             raise ConfigError(f"{where}: {pattern!r} matches nothing. There are {known}.")
         found |= matched
     return tuple(path for path in names if path in found)

@@ -62,6 +62,12 @@ def take_ropes(fields: Fields, defaults: RopeDefaults, max_position: int) -> tup
     if defaults.local_theta is None:
         rope = _read_rope(Fields(values, f"{fields.where}: {name}"), outer, defaults.theta)
         return rope, rope
+    of_4, of_5 = (old or {}).get("type"), (old or {}).get("rope_type", "default")
+    if of_4 not in (None, of_5):
+        raise ConfigError(
+            f"{fields.where}: rope_scaling has type {of_4!r}, which transformers 4 heeds in this family; in 5 its "
+            f"rope_type is {of_5!r} all the same. Write the one that was trained as rope_type, and remove type."
+        )
     local_theta = _take_theta(fields, defaults.local_key) if defaults.local_key else None
     local = outer._replace(theta=local_theta, theta_key=defaults.local_key or "")
     if new and new.keys() - set(_KINDS):

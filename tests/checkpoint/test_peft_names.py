@@ -94,9 +94,32 @@ def test_adapters_that_peft_would_read_otherwise_are_refused(family: str, lora, 
         ("gpt_oss", "experts.*", "mlp.experts.gate_up_proj"),
         ("gpt_oss", "experts.down", "mlp.experts.down_proj"),
         ("gpt_oss", "self_attn.sinks", "self_attn.sinks"),
-        ("gpt_oss", "attention", "self_attn.sinks"),
+        ("gpt_oss", "attention.sinks", "self_attn.sinks"),
     ],
 )
 def test_what_is_no_module_s_is_refused(family: str, name: str, tensor: str) -> None:
     with pytest.raises(ConfigError, match=rf"modules_to_save: model.layers.\d.{tensor} is no module's"):
         name_tensors(family, modules_to_save=(name,))
+
+
+@pytest.mark.parametrize(
+    ("family", "option", "name", "module"),
+    [
+        ("qwen2", "targets", "q_proj.bias", "attention.query"),
+        ("qwen2", "modules_to_save", "q_proj.bias", "attention.query"),
+        ("qwen2", "modules_to_save", "attention.query.kernel", "attention.query"),
+        ("mixtral", "modules_to_save", "block_sparse_moe.gate.weight", "mlp.router"),
+        ("deepseek_v3", "modules_to_save", "e_score_correction_bias", "mlp.router"),
+        ("gpt_oss", "targets", "experts.down_proj_bias", "mlp.experts.down"),
+        ("gpt_oss", "targets", "o_proj.bias", "attention.out"),
+    ],
+)
+def test_a_parameter_is_no_name_of_its_module(family: str, option: str, name: str, module: str) -> None:
+    message = rf"{option}: '{name}' finds parameters only\. Name modules: layers\.\d\.\d\.{module} = "
+    with pytest.raises(ConfigError, match=message):
+        name_tensors(family, **{option: (name,)})
+
+
+def test_a_module_that_has_sinks_beside_its_maps_is_not_the_sinks() -> None:
+    with pytest.raises(ConfigError, match=r"'attention' matches nothing\. .*layers\.0\.0\.attention\.sinks"):
+        name_tensors("gpt_oss", modules_to_save=("attention",))
