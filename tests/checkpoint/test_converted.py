@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -77,6 +78,19 @@ def test_orbax_restores_it(source: Path, tmp_path: Path) -> None:
         restored = checkpointer.restore(target / "params", item=abstract, restore_args=arguments)
     assert_equal(restored, expected)
     assert all(restored[path].sharding.is_equivalent_to(placed[path], restored[path].ndim) for path in restored)
+    with ocp.StandardCheckpointer() as checkpointer:
+        again = checkpointer.restore(target / "params", abstract)
+    assert_equal(again, expected)
+    assert all(again[path].sharding == restored[path].sharding for path in again)
+
+
+def test_the_page_s_line_restores_it(source: Path, tmp_path: Path, monkeypatch) -> None:
+    convert(source, tmp_path / "models" / "base-orbax")
+    page = (Path(__file__).parents[2] / "docs" / "weights.md").read_text()
+    (line,) = re.findall(r"^ {4}(ocp\..*)$", page, re.M)
+    monkeypatch.chdir(tmp_path)
+    restored = eval(line, {"ocp": ocp})
+    assert_equal(restored, load_pretrained(source, TINY, None, "float32"))
 
 
 @pytest.mark.parametrize("ocdbt", [True, False])
