@@ -13,7 +13,6 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import msgspec
 import numpy as np
 from absl import logging
 from jax.sharding import Sharding, SingleDeviceSharding
@@ -21,7 +20,7 @@ from jax.sharding import Sharding, SingleDeviceSharding
 from sft_jax.checkpoint.block_fp8 import join_block_fp8
 from sft_jax.checkpoint.converted import is_converted, open_converted, read_record
 from sft_jax.checkpoint.hf_names import EMBEDDING, HEAD, TensorRule, match_tensors, tensor_rules
-from sft_jax.checkpoint.model_files import Folder, ModelFile, file_in, list_folder
+from sft_jax.checkpoint.model_files import Folder, ModelFile, file_in, list_folder, read_json_object
 from sft_jax.checkpoint.mxfp4 import join_mxfp4
 from sft_jax.checkpoint.param_source import GrownSource, ParamSource, check_finite, place_shards, read_box
 from sft_jax.checkpoint.quantized_source import HeldArray, QuantizedSource
@@ -34,7 +33,6 @@ from sft_jax.model.hf_config import read_hf_config
 from sft_jax.model.router import dtype_among
 from sft_jax.model.transformer import Params, linears
 
-_MAX_CONFIG_BYTES = 2**20
 _SAMPLED_BYTES = 1024
 _BLOCK_ROWS = 4096  # rows of an embedding held at once while two are compared
 
@@ -47,7 +45,7 @@ def read_config(folder: Folder) -> tuple[TransformerConfig, dict[str, Any]]:
       ConfigError: where it is not JSON, or not a model that we build.
     """
     file = file_in(folder, "config.json")
-    fields = _read_fields(file)
+    fields = read_json_object(file)
     return read_hf_config(fields, str(file)), fields
 
 
@@ -59,16 +57,7 @@ def read_generation_config(folder: Folder) -> dict[str, Any]:
       ConfigError: where it is not JSON.
     """
     name = "generation_config.json"
-    return _read_fields(file_in(folder, name)) if folder and name in list_folder(folder) else {}
-
-
-def _read_fields(file: ModelFile) -> dict[str, Any]:
-    if file.size() > _MAX_CONFIG_BYTES:
-        raise ConfigError(f"{file}: has {file.size()} bytes, more than {_MAX_CONFIG_BYTES}. Name a model folder.")
-    try:
-        return msgspec.json.decode(file.read(), type=dict[str, Any])
-    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
-        raise ConfigError(f"{file}: is not a JSON object: {error}. Download it again.") from error
+    return read_json_object(file_in(folder, name)) if folder and name in list_folder(folder) else {}
 
 
 def load_pretrained(

@@ -10,12 +10,15 @@ import stat
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import BinaryIO
+from typing import Any, BinaryIO
+
+import msgspec
 
 from sft_jax.data.stored_files import is_url, open_filesystem, readable
-from sft_jax.datatypes import StorageError
+from sft_jax.datatypes import ConfigError, StorageError
 
 Folder = str | os.PathLike[str]
+_MAX_OBJECT_BYTES = 2**20
 
 
 @dataclass(frozen=True, slots=True)
@@ -103,6 +106,21 @@ def file_in(folder: Folder, name: str) -> ModelFile:
                 "folder that has it."
             )
     return file
+
+
+def read_json_object(file: ModelFile) -> dict[str, Any]:
+    """The fields of a small file, such as `config.json`.
+
+    Raises:
+      StorageError: it cannot be read.
+      ConfigError: it is no JSON object, or too large for what it should be.
+    """
+    if (size := file.size()) > _MAX_OBJECT_BYTES:
+        raise ConfigError(f"{file}: has {size} bytes, more than {_MAX_OBJECT_BYTES}. Name another folder.")
+    try:
+        return msgspec.json.decode(file.read(), type=dict[str, Any])
+    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
+        raise ConfigError(f"{file}: is not a JSON object: {error}. Download it again.") from error
 
 
 def list_folder(folder: Folder) -> list[str]:

@@ -15,7 +15,7 @@ from jax.sharding import Sharding
 
 from sft_jax.checkpoint.export_folder import write_folder
 from sft_jax.checkpoint.hf_names import EMBEDDING, HEAD, hf_tensors
-from sft_jax.checkpoint.model_files import file_in
+from sft_jax.checkpoint.model_files import ModelFile, file_in, list_folder
 from sft_jax.checkpoint.param_source import ParamSource, read_box
 from sft_jax.checkpoint.peft_names import PREFIX, AdapterTensor, adapter_tensors
 from sft_jax.checkpoint.peft_options import CONFIG_FILE, check_options, read_options
@@ -28,6 +28,7 @@ from sft_jax.model.transformer import Params
 from sft_jax.typing import Array
 
 WEIGHTS_FILE = "adapter_model.safetensors"
+_PICKLE = "adapter_model.bin"  # as PEFT has written it
 _MERGE = "merge the adapter by PEFT (merge_and_unload), save the model, and set config.model.path to it"
 
 
@@ -170,7 +171,7 @@ def load_adapter(
     fields = read_options(folder)
     tensors = list(adapter_tensors(config, lora, shapes))
     has_patterns = check_options(fields, lora, _fused_patterns(tensors, lora), folder)
-    index = _own_names(read_header(file_in(folder, WEIGHTS_FILE)))
+    index = _own_names(read_header(_weights_in(folder)))
     _check_tensors(index, tensors, has_patterns, folder)
     host = {path: np.empty(shape, jnp.dtype(dtype)) for path, shape in shapes.items()}
     for tensor in tensors:
@@ -191,6 +192,16 @@ def load_adapter(
         path: jax.make_array_from_callback(values.shape, shardings[path], values.__getitem__)
         for path, values in host.items()
     }
+
+
+def _weights_in(folder: Path) -> ModelFile:
+    names = list_folder(folder)
+    if _PICKLE in names and WEIGHTS_FILE not in names:
+        raise StorageError(
+            f"{folder}: has no {WEIGHTS_FILE}, only {_PICKLE}. Pickle files can run code and are never opened. Convert "
+            "it on a machine that may: PeftModel.from_pretrained(base, folder).save_pretrained(folder)."
+        )
+    return file_in(folder, WEIGHTS_FILE)
 
 
 def _read(tensor: TensorInfo) -> np.ndarray:

@@ -8,10 +8,9 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import msgspec
-
+from sft_jax.checkpoint.model_files import file_in, read_json_object
 from sft_jax.config_schema import LoraConfig
-from sft_jax.datatypes import ConfigError, StorageError
+from sft_jax.datatypes import ConfigError
 
 CONFIG_FILE = "adapter_config.json"
 # Options that change no number of a trained adapter: where it came from and what happens in training. Which modules it
@@ -41,16 +40,10 @@ def read_options(folder: Path) -> dict[str, Any]:
     """The fields of a folder's adapter_config.json.
 
     Raises:
-      StorageError: the file cannot be read.
-      ConfigError: it is no JSON object.
+      StorageError: the file cannot be read, or is a link out of the folder.
+      ConfigError: it is no JSON object, or too large for one.
     """
-    path = folder / CONFIG_FILE
-    try:
-        return msgspec.json.decode(path.read_bytes(), type=dict[str, Any])
-    except OSError as error:
-        raise StorageError(f"{path}: {error.strerror}. Name an adapter folder.") from error
-    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
-        raise ConfigError(f"{path}: is not a JSON object: {error}. Download it again.") from error
+    return read_json_object(file_in(folder, CONFIG_FILE))
 
 
 def check_options(

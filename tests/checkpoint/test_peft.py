@@ -3,6 +3,7 @@
 import dataclasses
 import errno
 import json
+import os
 from pathlib import Path
 
 import jax
@@ -129,6 +130,36 @@ def test_options_that_change_nothing_are_read_over(adapter: Adapter) -> None:
 def test_options_that_would_change_the_numbers_are_refused_by_name(adapter: Adapter, option: str, value) -> None:
     adapter.change_options(**{option: value})
     with pytest.raises(ConfigError, match=rf"adapter_config.json: {option} (is|=) "):
+        adapter.load()
+
+
+@pytest.mark.parametrize("name", ["adapter_config.json", "adapter_model.safetensors"])
+def test_no_file_of_an_adapter_leads_out_of_its_folder(adapter: Adapter, tmp_path: Path, name: str) -> None:
+    (adapter.folder / name).rename(tmp_path / "elsewhere")
+    (adapter.folder / name).symlink_to("../elsewhere")
+    with pytest.raises(StorageError, match=rf"{name}: is a link to .*elsewhere, outside"):
+        adapter.load()
+
+
+def test_options_are_a_file_of_some_size(adapter: Adapter) -> None:
+    path = adapter.folder / "adapter_config.json"
+    path.write_text(path.read_text() + " " * 2**20)
+    with pytest.raises(ConfigError, match=r"adapter_config\.json: has \d+ bytes, more than 1048576"):
+        adapter.load()
+    path.unlink()
+    with pytest.raises(StorageError, match=r"adapter_config\.json: cannot be read: No such file"):
+        adapter.load()
+    os.mkfifo(path)
+    with pytest.raises(StorageError, match=r"adapter_config\.json: cannot be read: is no regular file"):
+        adapter.load()
+
+
+def test_an_adapter_s_pickle_is_never_opened(adapter: Adapter) -> None:
+    weights = adapter.folder / "adapter_model.safetensors"
+    (adapter.folder / "adapter_model.bin").write_bytes(b"\x80\x04")
+    adapter.load()  # beside safetensors it is passed over
+    weights.unlink()
+    with pytest.raises(StorageError, match=r"only adapter_model\.bin.*never opened.*save_pretrained"):
         adapter.load()
 
 
