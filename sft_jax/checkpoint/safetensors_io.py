@@ -35,6 +35,7 @@ DTYPES: dict[str, np.dtype] = {
 
 SINGLE_FILE = "model.safetensors"
 INDEX_FILE = "model.safetensors.index.json"
+_SHARD = re.compile(r"model-\d{5}-of-\d{5}\.safetensors")
 _MAX_HEADER_BYTES = 2**25  # the reference implementation allows 100 MB; a header of 200,000 tensors has 25
 _MAX_DIMS, _MAX_VALUES = 8, 2**48
 _PICKLE_SUFFIXES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
@@ -80,15 +81,18 @@ class _Index(msgspec.Struct):
 def read_index(folder: Folder) -> dict[str, TensorInfo]:
     """The tensors of a folder that holds `model.safetensors`, or shards with or without `model.safetensors.index.json`.
 
-    Reads headers only.
+    Reads headers only. Beside a single file or an index, safetensors under other names are passed over, such as the
+    `consolidated.safetensors` that some folders hold the weights in once more.
 
     Raises:
-      StorageError: where there is no such file, both, only pickles, or a file, a header or the index is wrong.
+      StorageError: where there is no such file, a single one beside an index or shards, only pickles, or a file, a
+        header or the index is wrong.
     """
     names = list_folder(folder)
-    if SINGLE_FILE in names and INDEX_FILE in names:
+    others = [name for name in names if name == INDEX_FILE or _SHARD.fullmatch(name)]
+    if SINGLE_FILE in names and others:
         raise StorageError(
-            f"{folder}: has {SINGLE_FILE} and {INDEX_FILE}, and they may hold different weights. Remove the stale one."
+            f"{folder}: has {SINGLE_FILE} and {others[-1]}, and they may hold different weights. Remove the stale one."
         )
     if SINGLE_FILE in names:
         return read_header(file_in(folder, SINGLE_FILE))

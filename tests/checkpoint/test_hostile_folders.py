@@ -147,6 +147,20 @@ def test_shards_without_an_index_must_be_all_there_and_disjoint(folder: Path) ->
         read_index(folder)
 
 
+def test_a_single_file_beside_a_shard_is_refused_and_other_names_are_passed_over(folder: Path) -> None:
+    expected = read_index(folder)
+    (folder / "consolidated.safetensors").write_bytes(b"not looked at")
+    assert read_index(folder) == expected
+    shard = "model-00001-of-00002.safetensors"
+    (folder / shard).write_bytes(b"")
+    with pytest.raises(StorageError, match=rf"has {SINGLE_FILE} and {shard}, .*Remove the stale one"):
+        read_index(folder)
+    (folder / SINGLE_FILE).rename(folder / "model-00001-of-00001.safetensors")
+    names = dict.fromkeys(expected, "model-00001-of-00001.safetensors")
+    (folder / INDEX_FILE).write_text(json.dumps({"weight_map": names}))
+    assert read_index(folder).keys() == expected.keys()
+
+
 def test_mutated_headers_raise_nothing_but_storage_errors() -> None:
     account = fuzz_headers.main(2000, seed=0)
     assert account.failures == []
