@@ -1,6 +1,6 @@
 """A JSON object of settings -> its values, each taken once and checked; what nobody took is left to be refused."""
 
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
 from typing import Any
 
 from sft_jax.datatypes import ConfigError
@@ -42,12 +42,19 @@ class Fields:
                     f"{self.where}: {name} is null, and transformers makes no model of that. Remove the key."
                 )
 
-    def refuse_rest(self, harmless: frozenset[str], only: dict[str, Any], what: str) -> None:
-        """Raises ConfigError unless every key that is left is null, harmless, or has its only supported value."""
+    def refuse_rest(
+        self, harmless: frozenset[str], only: dict[str, Any], what: str, remedies: Mapping[str, str] | None = None
+    ) -> None:
+        """Raises ConfigError unless every key that is left is null, harmless, or has its only supported value.
+
+        Args:
+          remedies: what to do about some of those with another value.
+        """
         rest = {name: value for name, value in self.rest.items() if value is not None and name not in harmless}
         for name, value in rest.items():
             if name in only and not _is_only(value, only[name]):
-                raise ConfigError(f"{self.where}: {name} is {value!r}; only {only[name]!r} is supported.")
+                remedy = (remedies or {}).get(name, f"If it was trained so, name another model; if not, remove {name}.")
+                raise ConfigError(f"{self.where}: {name} is {value!r}; only {only[name]!r} is supported. {remedy}")
         unknown = sorted(rest.keys() - only.keys())
         if unknown:
             raise ConfigError(

@@ -54,6 +54,12 @@ _INSTEAD = {
     "mistral3": "It holds images too. Load its text model with transformers, save that (its type is mistral), and name "
     "the new folder.",
 }
+_DEQUANTIZE = "Load the model dequantized with transformers, save that, and name the new folder."
+_NO_DROPOUT = "Set it to 0 in the file: it acts in training alone, and there is no such thing here."
+_REMEDIES = {
+    "quantization_config": _DEQUANTIZE,
+    **dict.fromkeys(("attention_dropout", "embd_pdrop", "resid_pdrop", "router_jitter_noise"), _NO_DROPOUT),
+}
 _ACTIVATIONS = {"silu": "silu", "gelu_pytorch_tanh": "gelu_tanh"}
 _MOST_LAYERS = 1000
 _SLIDING, _FULL = "sliding_attention", "full_attention"
@@ -84,7 +90,7 @@ def read_hf_config(fields: dict[str, Any], where: str) -> TransformerConfig:
         raise error if str(error).startswith(where) else ConfigError(f"{where}: {error}") from None
     _check_quantization(rest, family)
     only = _ONLY_VALUES | {"architectures": [family.architecture]} | dict(family.only)
-    rest.refuse_rest(_HARMLESS_KEYS | family.harmless, only, f"a {name} model")
+    rest.refuse_rest(_HARMLESS_KEYS | family.harmless, only, f"a {name} model", _REMEDIES)
     return config
 
 
@@ -99,10 +105,14 @@ def _check_quantization(rest: Fields, family: Family) -> None:
     fields.take_list("modules_to_not_convert", str, [])
     for name, value in family.quantized.items():
         if fields.take(name, type(value)) != value:
-            raise ConfigError(f"{fields.where}: {name} is {described[name]!r}; only {value!r} is supported.")
+            raise ConfigError(
+                f"{fields.where}: {name} is {described[name]!r}; only {value!r} is supported. {_DEQUANTIZE}"
+            )
     for name, values in family.quantized_options.items():
         if (value := fields.take(name, str, values[0])) not in values:
-            raise ConfigError(f"{fields.where}: {name} is {value!r}; expected one of {', '.join(values)}.")
+            raise ConfigError(
+                f"{fields.where}: {name} is {value!r}; expected one of {', '.join(values)}. {_DEQUANTIZE}"
+            )
     fields.refuse_rest(frozenset(), {}, "codes that are understood")
     del rest.rest["quantization_config"]
 
@@ -126,7 +136,9 @@ def _take_values(rest: Fields, family: Family) -> dict[str, Any]:
         mixtures = take_moe(rest, family.moe, num_layers, mlp_dim)
         layers = [dataclasses.replace(layer, moe=moe) for layer, moe in zip(layers, mixtures, strict=True)]
     if family.divides_hidden and num_heads > 0 and embed_dim % num_heads:
-        raise ConfigError(f"hidden_size is {embed_dim}; expected a multiple of {num_heads} heads, as in transformers.")
+        raise ConfigError(
+            f"hidden_size is {embed_dim}; expected a multiple of {num_heads} heads, as in transformers. Correct it."
+        )
     latent = take_latent(rest) if family.is_latent else None
     values: dict[str, Any] = {
         "vocab_size": rest.take("vocab_size", int),
