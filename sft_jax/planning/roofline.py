@@ -1,14 +1,16 @@
 """What each instruction computes and moves -> seconds, by a roofline that is stated whole:
 
 * an instruction takes the longer of its products at the peak of bfloat16 and its HBM bytes at the peak bandwidth;
+* a prefetch goes on beside them, in what they leave of the bandwidth: computation is the sum of their times, or the
+  time of all HBM bytes where that is more;
 * a collective within a slice sends its bytes over the links of the torus dimensions that its group spans, both ways
   where they wrap; between slices, over the data-center network;
 * asynchronous collectives overlap with computation, all others add to it:
 
     step = max(computation, asynchronous) + synchronous
 
-Products never reach their peak, and bytes that the compiler keeps on the chip or overlaps may be counted: the sum is no
-bound in either direction. It is a means to compare, and no measurement.
+Products never reach their peak, and kernels may read an operand more than once: a step takes longer. How much of what
+is asynchronous can be hidden is not looked at. It is a means to compare, and no measurement.
 """
 
 from collections.abc import Mapping, Sequence
@@ -33,14 +35,19 @@ class Work:
     """Of products alone, at the peak."""
     memory_seconds: float = 0.0
     """Of HBM traffic alone."""
-    busy_seconds: float = 0.0
-    """Of all instructions, each the longer of the two."""
+    serial_seconds: float = 0.0
+    """Of all instructions but prefetches, each the longer of the two."""
     sync_seconds: float = 0.0
     async_seconds: float = 0.0
     collectives: dict[tuple[str, str, bool], list[float]] = field(default_factory=dict)
     """(kind, mesh axes, asynchronous) -> [number, bytes sent, seconds]."""
     uncounted: set[str] = field(default_factory=set)
     """Kernels whose products nobody has counted."""
+
+    @property
+    def busy_seconds(self) -> float:
+        """Of computation: everything on the device itself."""
+        return max(self.serial_seconds, self.memory_seconds)
 
     @property
     def collective_bytes(self) -> float:
@@ -92,7 +99,8 @@ def count_work(
         work.memory_bytes += moved * times
         work.compute_seconds += compute * times
         work.memory_seconds += memory * times
-        work.busy_seconds += max(compute, memory) * times
+        if not instruction.opcode.endswith("-start"):
+            work.serial_seconds += max(compute, memory) * times
         around = program.computations[computation]
         if 'custom_call_target="tpu_custom_call"' in instruction.attributes and (
             count_kernel_flops(around, instruction) is None
