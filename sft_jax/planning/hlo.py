@@ -51,6 +51,12 @@ class Instruction:
         match = re.search(r'op_name="([^"]*)"', self.attributes)
         return match[1] if match else ""
 
+    @property
+    def estimated_cycles(self) -> int:
+        """What the TPU compiler thinks that it takes; 0 where it does not say."""
+        match = re.search(r'"estimated_cycles":"(\d+)"', self.attributes)
+        return int(match[1]) if match and int(match[1]) < 2**62 else 0
+
 
 @dataclass
 class Program:

@@ -146,6 +146,26 @@ def test_the_tpu_compilers_text():
     assert reduced.wire_bytes == 2 * 3 / 4 * 2 * 32 * 128
 
 
+def test_a_products_time_is_the_compilers_and_no_less_than_at_the_peak():
+    """Of what has no product only the bytes count, whatever the compiler says."""
+    chip, topology = CHIPS["v5p"], Topology(CHIPS["v5p"], (2, 2, 1))
+    sizes = {"replica": 1, "fsdp": 4, "context": 1, "tensor": 1, "expert": 1}
+    coords = np.array([(0, i // 2, i % 2, 0) for i in range(4)])
+
+    def work(cycles):
+        text = TPU_TEXT.replace("kind=kOutput,", f'kind=kOutput, backend_config={{"estimated_cycles":"{cycles}"}},')
+        return count_work(parse_program(text.replace("op_name=", 'x={"estimated_cycles":"7000"}, op_name=')), topology,
+                          sizes, coords, unknown_trips=1)  # fmt: skip
+
+    at_peak = 6 * 2 * 32 * 64 * 128 / chip.flops_per_second
+    kernel = 6 * 2 * 2 * 32 * 128 / chip.hbm_bytes_per_second  # its result and what it reads
+    assert work(1000).compute_seconds == pytest.approx(at_peak)
+    assert work(1000).product_seconds == pytest.approx(6 * 1000 / chip.clock_hertz)
+    assert work(2**63 - 1).product_seconds == pytest.approx(at_peak)  # the compiler's "unknown"
+    assert work(1).product_seconds == pytest.approx(at_peak)
+    assert work(1000).busy_seconds == pytest.approx(6 * 1000 / chip.clock_hertz + kernel)
+
+
 # A row of a stack, read and replaced, with all of it behind other names and in fusions of fusions.
 DEEP_TEXT = """HloModule step, is_scheduled=true
 
