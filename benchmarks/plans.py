@@ -19,6 +19,7 @@ from sft_jax.command_line import read_config
 from sft_jax.config_schema import Config, digest_json
 from sft_jax.planning.cases import Case, Outcome, run_case
 from sft_jax.planning.plan import versions
+from sft_jax.planning.roofline import READING
 
 ROOT = Path(__file__).parents[1]
 TABLE = ROOT / "docs" / "plans.json"
@@ -37,6 +38,9 @@ CASES: dict[str, tuple[str, str, tuple[str, ...]]] = {
     "gemma3_27b": ("gemma3_27b", "v5p:2x4x4", ()),
     "mixtral_8x7b": ("mixtral_8x7b", "v5p:4x4x4", ()),
     "1b_single_host": ("1b_single_host", "v5e:2x4", ()),
+    "8b on two slices": ("8b", "v6e:4x4", ("--num-slices=2", "--config.batch.batch_size=32")),
+    "70b on 256 chips": ("70b", "v5p:4x8x8", ("--config.batch.batch_size=256",)),
+    "70b on 1024 chips": ("70b", "v5p:8x8x16", ("--config.batch.batch_size=1024",)),
     "70b on v6e": ("70b", "v6e:16x16", ("--config.batch.batch_size=256",)),
     "8b on v6e": ("8b", "v6e:16x16", ("--config.batch.batch_size=512", "--config.batch.grad_accum_steps=2")),
     "llama2_70b on v5p": (
@@ -51,9 +55,17 @@ CASES: dict[str, tuple[str, str, tuple[str, ...]]] = {
     ),
 }
 
-# What MaxText publishes of pre-training the same model at the same length on the same chips; rows a chip are not said.
-# https://maxtext.readthedocs.io/en/latest/reference/models/tiering.html
-PUBLISHED_MFU = {"8b on v6e": 0.455, "70b on v6e": 0.503, "llama2_70b on v5p": 0.654, "mixtral on v5p": 0.526}
+# Tokens a second and chip, and MFU, that MaxText publishes of pre-training the same model at the same length on the
+# same chips. https://maxtext.readthedocs.io/en/latest/reference/models/tiering.html
+PUBLISHED = {
+    "8b on v6e": (7207, 0.4546),
+    "70b on v6e": (960, 0.5033),
+    "llama2_70b on v5p": (692, 0.654),
+    "mixtral on v5p": (2909, 0.5256),
+}
+
+# One row a chip of the same model, on more and more of them.
+WEAK_SCALING = ("70b", "70b on 256 chips", "70b on 1024 chips")
 
 
 def case_args(name: str) -> tuple[str, ...]:
@@ -66,8 +78,10 @@ def digest(name: str) -> str:
     """sha256 of what the case's config changes of the defaults, and of its topology. What neither the program nor its
     memory depends on is left out: the run, its files and its intervals."""
     config, topology, rest = CASES[name]
-    read, default = read_config([f"--config={ROOT}/configs/{config}.py", *rest]), Config()
-    changed: dict[str, Any] = {"topology": topology, "sources": len(read.data.train)}
+    where = [option for option in rest if not option.startswith("--config.")]
+    options = [option for option in rest if option not in where]
+    read, default = read_config([f"--config={ROOT}/configs/{config}.py", *options]), Config()
+    changed: dict[str, Any] = {"topology": " ".join([topology, *where]), "sources": len(read.data.train)}
     for section in ("model", "data", "batch", "loss", "optimizer", "mesh", "lora"):
         fields = dataclasses.asdict(getattr(read, section)).items()
         changed[section] = {
@@ -87,7 +101,7 @@ def make_row(name: str) -> dict[str, Any]:
 
 def row_of(name: str, outcome: Outcome) -> dict[str, Any]:
     row: dict[str, Any] = {"digest": digest(name), "command": " ".join(("sft-jax plan", *case_args(name)))}
-    row["versions"] = versions()
+    row |= {"versions": versions(), "reading": READING}
     if outcome.plan is None:
         return row | {"problem": outcome.problem}
     kept = ("fits", "peak_bytes", "hbm_bytes", "bytes", "mesh", "num_params", "flops", "memory_bytes",
@@ -98,7 +112,12 @@ def row_of(name: str, outcome: Outcome) -> dict[str, Any]:
 
 def is_current(name: str, table: dict[str, Any]) -> bool:
     row = table.get(name, {})
-    return row.get("digest") == digest(name) and row.get("versions") == versions()
+    return (row.get("digest"), row.get("versions"), row.get("reading")) == (digest(name), versions(), READING)
+
+
+def has_time(row: dict[str, Any]) -> bool:
+    """It fits, and what the step takes was read as it is now."""
+    return row.get("fits", False) and row.get("reading") == READING
 
 
 def page_table(table: dict[str, Any]) -> str:
@@ -115,23 +134,42 @@ def page_table(table: dict[str, Any]) -> str:
         over = "" if row["fits"] else ": does NOT fit"
         cells = [f"`{row['command']}`", f"{_gib(row['peak_bytes'])} of {_gib(row['hbm_bytes'])} GiB{over}"]
         cells.append(f"{_gib(row['bytes']['parameters'] + row['bytes']['optimizer'])} GiB")
-        if row["fits"]:
+        if row["fits"] and not has_time(row):
+            cells += ["", "to be read again", ""]
+        elif row["fits"]:
             cells += [f"{row['collective_bytes'] / _GIB:,.0f} GiB", f"{row['step_seconds']:.2f} s ({row['bound']})"]
             cells.append(f"{row['mfu']:.1%}")
         lines.append("| " + " | ".join(cells) + " |" + " |" * (6 - len(cells)))
-    found = {name: table[name] for name in PUBLISHED_MFU if table.get(name, {}).get("fits")}
-    if found:
-        lines += [
-            "",
-            "| beside what MaxText publishes | MFU by the roofline | published | ratio |",
-            "|---|---|---|---|",
-        ]
-    for name, row in found.items():
-        published = PUBLISHED_MFU[name]
-        ratio = f"{row['mfu'] / published:.2f}"
-        lines.append(f"| `{row['command']}` | {row['mfu']:.1%} | {published:.1%} | {ratio} |")
+    lines += published_table(table)
+    lines += weak_scaling_table(table)
     used = {" and ".join(f"{k} {v}" for k, v in row["versions"].items()) for row in table.values()}
     return "\n".join(lines) + f"\n\nCompiled by {'; '.join(sorted(used))}.\n"
+
+
+def published_table(table: dict[str, Any]) -> list[str]:
+    rows = {name: table[name] for name in PUBLISHED if has_time(table.get(name, {}))}
+    lines = [
+        "",
+        "| tokens a second and chip | by the roofline | MaxText publishes | ratio | MFU, each by its own count |",
+    ]
+    lines.append("|---|---|---|---|---|")
+    for name, row in rows.items():
+        tokens, mfu = PUBLISHED[name]
+        ours = row["tokens_per_second"] / row["num_chips"]
+        cells = [f"`{row['command']}`", f"{ours:,.0f}", f"{tokens:,}", f"{ours / tokens:.2f}"]
+        lines.append("| " + " | ".join([*cells, f"{row['mfu']:.1%}, {mfu:.1%}"]) + " |")
+    return lines if rows else []
+
+
+def weak_scaling_table(table: dict[str, Any]) -> list[str]:
+    rows = [table[name] for name in WEAK_SCALING if has_time(table.get(name, {}))]
+    lines = ["", "| one row a chip | chips | peak per device | sent by each a step | step by the roofline | MFU |"]
+    lines.append("|---|---|---|---|---|---|")
+    for row in rows:
+        cells = [f"`{row['command']}`", f"{row['num_chips']:,}", f"{_gib(row['peak_bytes'])} GiB"]
+        cells += [f"{row['collective_bytes'] / _GIB:,.0f} GiB", f"{row['step_seconds']:.2f} s", f"{row['mfu']:.1%}"]
+        lines.append("| " + " | ".join(cells) + " |")
+    return lines if rows else []
 
 
 def head_lines(name: str, table: dict[str, Any]) -> str:
@@ -145,6 +183,8 @@ def head_lines(name: str, table: dict[str, Any]) -> str:
     memory = f"Memory: {_gib(row['peak_bytes'])} of {_gib(row['hbm_bytes'])} GiB a device on {where}"
     if not row["fits"]:
         return f"{memory}, which does NOT fit (`make plans`)."
+    if not has_time(row):
+        return f"{memory} (`make plans`)."
     hours = 1e9 / row["tokens_per_second"] / 3600
     return f"{memory} (`make plans`).\nTime: by the roofline {hours:,.1f} hours for a billion tokens."
 

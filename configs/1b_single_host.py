@@ -5,7 +5,8 @@ chats in DATA_DIR:
 
     python -m sft_jax.main --config=configs/1b_single_host.py --config.run.dir=runs/1b_single_host
 
-Memory: not planned yet; make plans does it.
+Memory: 5.14 of 15.75 GiB a device on v5e:2x4 (`make plans`).
+Time: by the roofline 3.6 hours for a billion tokens.
 """
 
 import os

@@ -6,7 +6,6 @@ and the chats in DATA_DIR:
     python -m sft_jax.main --config=configs/405b.py --config.run.dir=runs/405b
 
 Memory: 42.59 of 95.73 GiB a device on v5p:8x8x16 (`make plans`).
-Time: by the roofline 2.8 hours for a billion tokens.
 """
 
 import os

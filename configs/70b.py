@@ -5,7 +5,7 @@ Hardware: 64 chips of TPU v5p or more. Put the Hugging Face folder in MODEL_DIR 
     python -m sft_jax.main --config=configs/70b.py --config.run.dir=runs/70b
 
 Memory: 30.83 of 95.73 GiB a device on v5p:4x4x4 (`make plans`).
-Time: by the roofline 6.0 hours for a billion tokens.
+Time: by the roofline 7.1 hours for a billion tokens.
 """
 
 import os

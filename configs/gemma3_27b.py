@@ -5,7 +5,6 @@ Hardware: 32 chips of TPU v5p or more. Put the Hugging Face folder in MODEL_DIR 
     python -m sft_jax.main --config=configs/gemma3_27b.py --config.run.dir=runs/gemma3_27b
 
 Memory: 30.64 of 95.73 GiB a device on v5p:2x4x4 (`make plans`).
-Time: by the roofline 7.0 hours for a billion tokens.
 """
 
 import os

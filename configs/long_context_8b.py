@@ -5,7 +5,6 @@ Hardware: 64 chips of TPU v5p. Put the Hugging Face folder in MODEL_DIR and the 
     python -m sft_jax.main --config=configs/long_context_8b.py --config.run.dir=runs/long_context_8b
 
 Memory: 33.66 of 95.73 GiB a device on v5p:4x4x4 (`make plans`).
-Time: by the roofline 2.8 hours for a billion tokens.
 """
 
 import os

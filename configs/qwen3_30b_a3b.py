@@ -5,7 +5,6 @@ Hardware: 32 chips of TPU v5p or more. Put the Hugging Face folder in MODEL_DIR 
     python -m sft_jax.main --config=configs/qwen3_30b_a3b.py --config.run.dir=runs/qwen3_30b_a3b
 
 Memory: 20.26 of 95.73 GiB a device on v5p:2x4x4 (`make plans`).
-Time: by the roofline 2.1 hours for a billion tokens.
 """
 
 import os

@@ -133,6 +133,7 @@ def _describe_work(console: Console, plan: Plan) -> None:
     lines = {
         "step": f"{work.step_seconds:.3f} s by the roofline, most of it {work.bound}; MFU {plan.mfu:.1%}",
         "work": f"{work.flops / 1e12:,.2f} TFLOP in {work.compute_seconds:.3f} s at peak, "
+        f"{work.product_seconds:.3f} s by the compiler's cycles, "
         f"{_size(work.memory_bytes)} of memory in {work.memory_seconds:.3f} s, "
         f"{_size(work.collective_bytes)} sent",
         "speed": f"{plan.tokens_per_second:,.0f} tokens/s, "

@@ -1,8 +1,8 @@
 """The text of a compiled program -> its instructions, and how often each of them runs.
 
 XLA's own cost analysis counts the body of a loop once. Here a loop's body counts as often as the loop says it runs:
-in `known_trip_count`, or in the constant that its condition compares with. Where neither is there, as in a loop whose
-end is data, the caller says how many rounds to count.
+in `known_trip_count`, or in where its counter starts, by how much it goes up, and the constant that its condition
+compares it with. Where there is no constant, as in a loop whose end is data, the caller says how many rounds to count.
 """
 
 import math
@@ -50,6 +50,12 @@ class Instruction:
         """Where it came from in the traced program, such as `jit(step)/while/body/dot_general`."""
         match = re.search(r'op_name="([^"]*)"', self.attributes)
         return match[1] if match else ""
+
+    @property
+    def estimated_cycles(self) -> int:
+        """What the TPU compiler thinks that it takes; 0 where it does not say."""
+        match = re.search(r'"estimated_cycles":"(\d+)"', self.attributes)
+        return int(match[1]) if match and int(match[1]) < 2**62 else 0
 
 
 @dataclass
@@ -190,7 +196,7 @@ def walk_executed(program: Program, unknown_trips: int = 1) -> Iterator[Executed
 def _walk(program: Program, computation: str, times: int, unknown_trips: int) -> Iterator[Executed]:
     for instruction in program.computations[computation].values():
         if instruction.opcode == "while":
-            trips = count_trips(program, instruction)
+            trips = count_trips(program, computation, instruction)
             inner = times * (unknown_trips if trips is None else trips)
             yield from _walk(program, instruction.called("body")[0], inner, unknown_trips)
         elif instruction.opcode in ("call", "conditional"):
@@ -201,31 +207,80 @@ def _walk(program: Program, computation: str, times: int, unknown_trips: int) ->
             yield Executed(instruction, computation, times)
 
 
-def count_trips(program: Program, loop: Instruction) -> int | None:
-    """Rounds of a `while`; None where its end is data."""
+def count_trips(program: Program, computation: str, loop: Instruction) -> int | None:
+    """Rounds of a `while` that stands in `computation`; None where its end is data. Its counter goes up by 1 from 0, as
+    jax's do, where it does not say otherwise: the compiler writes loops of its own, some of which count by 2."""
     match = re.search(r'known_trip_count"?:\{"?n"?:"?(\d+)', loop.attributes)
     if match:
         return int(match[1])
     condition = program.computations[loop.called("condition")[0]]
+    compare, sides = _comparison(program, condition)
+    if compare.opcode != "compare" or "direction=LT" not in compare.attributes:
+        return None
+    bounds = [value for inside, name in sides if (value := _integer(program, inside, name, {})) is not None]
+    if len(bounds) != 1:
+        return None
+    compared = {name for _, name in sides}
+    counter = next((place for place, name in _carried(condition) if name in compared), None)
+    start, step = _counting(program, program.computations[computation], loop, counter)
+    return max(0, -(-(bounds[0] - start) // step))
+
+
+def _comparison(
+    program: Program, condition: dict[str, Instruction]
+) -> tuple[Instruction, list[tuple[dict[str, Instruction], str]]]:
+    """What ends a loop, and what it compares: names in its condition, or in a fusion that is all of it."""
     root = next(instruction for instruction in condition.values() if instruction.is_root)
-    if root.opcode == "fusion":  # of the comparison alone
-        fused = program.computations[root.called("calls")[0]]
-        compare = next((i for i in fused.values() if i.is_root), root)
-        constants = [_constant(condition, name) for name in root.operands]
-        constants += [_constant(fused, name) for name in compare.operands]
-    else:
-        compare, constants = root, [_constant(condition, name) for name in root.operands]
-    known = [value for value in constants if value is not None]
-    if compare.opcode != "compare" or len(known) != 1 or "direction=LT" not in compare.attributes:
-        return None
-    return known[0]  # jax's loops count up from 0
+    if root.opcode != "fusion":
+        return root, [(condition, name) for name in root.operands]
+    fused = program.computations[root.called("calls")[0]]
+    compare = next(instruction for instruction in fused.values() if instruction.is_root)
+    inner = [fused[name] for name in compare.operands if name in fused]
+    outside = {i.name: root.operands[int(i.operands[0])] for i in inner if i.opcode == "parameter"}
+    return compare, [(condition, outside[i.name]) if i.name in outside else (fused, i.name) for i in inner]
 
 
-def _constant(computation: dict[str, Instruction], name: str) -> int | None:
+def _counting(
+    program: Program, around: dict[str, Instruction], loop: Instruction, counter: int | None
+) -> tuple[int, int]:
+    """From where, and by how much, what a loop carries at the place `counter` goes up."""
+    first = around.get(loop.operands[0])
+    body = program.computations[loop.called("body")[0]]
+    last = next(instruction for instruction in body.values() if instruction.is_root)
+    if counter is None or first is None or first.opcode != "tuple" or last.opcode != "tuple":
+        return 0, 1
+    start = _integer(program, around, first.operands[counter], {})
+    known = {name: 0 for place, name in _carried(body) if place == counter}
+    step = _integer(program, body, last.operands[counter], known)
+    return start or 0, step or 1
+
+
+def _carried(computation: dict[str, Instruction]) -> Iterator[tuple[int, str]]:
+    """(place, name) of what is taken from the one parameter of a loop's body or condition."""
+    parameter = next((i.name for i in computation.values() if i.opcode == "parameter"), None)
+    for instruction in computation.values():
+        match = re.search(r"\bindex=(\d+)", instruction.attributes)
+        if instruction.opcode == "get-tuple-element" and instruction.operands[0] == parameter and match:
+            yield int(match[1]), instruction.name
+
+
+def _integer(program: Program, computation: dict[str, Instruction], name: str, known: dict[str, int]) -> int | None:
+    """Value of an integer that is made of constants and of what is known; None where it is not."""
     instruction = computation.get(name)
-    if instruction is None or instruction.opcode != "constant" or not instruction.operands[0].lstrip("-").isdigit():
+    if name in known or instruction is None:
+        return known.get(name)
+    if instruction.opcode == "constant":
+        return int(instruction.operands[0]) if instruction.operands[0].lstrip("-").isdigit() else None
+    if instruction.opcode not in ("add", "copy", "bitcast", "convert", "fusion"):
         return None
-    return int(instruction.operands[0])
+    values = [_integer(program, computation, operand, known) for operand in instruction.operands]
+    if instruction.opcode == "fusion":
+        fused = program.computations[instruction.called("calls")[0]]
+        inner = {i.name: int(i.operands[0]) for i in fused.values() if i.opcode == "parameter"}
+        given = {name: value for name, place in inner.items() if (value := values[place]) is not None}
+        root = next(instruction.name for instruction in fused.values() if instruction.is_root)
+        return _integer(program, fused, root, given)
+    return None if None in values else sum(value for value in values if value is not None)
 
 
 def inner_instructions(program: Program, instruction: Instruction) -> Iterator[Instruction]:

@@ -90,7 +90,8 @@ class Plan:
             "uncounted_kernels": sorted(work.uncounted),
             "loop_rounds_assumed": self.unknown_trips,
             "seconds": {
-                "compute": work.compute_seconds, "memory": work.memory_seconds, "busy": work.busy_seconds,
+                "compute": work.compute_seconds, "products": work.product_seconds, "memory": work.memory_seconds,
+                "busy": work.busy_seconds,
                 "collectives_sync": work.sync_seconds, "collectives_async": work.async_seconds,
             },
             "step_seconds": work.step_seconds,

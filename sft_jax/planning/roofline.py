@@ -1,14 +1,19 @@
 """What each instruction computes and moves -> seconds, by a roofline that is stated whole:
 
-* an instruction takes the longer of its products at the peak of bfloat16 and its HBM bytes at the peak bandwidth;
+* an instruction takes the longer of its products and its HBM bytes at the peak bandwidth;
+* products take the cycles that the compiler estimates, which knows its tiles and what else it has fused with them, and
+  no less than at the peak of bfloat16; kernels, for which it has no estimate, are at the peak. Its estimates of what
+  has no product are not used: a constant written to memory would take ten times as long as its bytes do;
+* a prefetch goes on beside them, in what they leave of the bandwidth: computation is the sum of their times, or the
+  time of all HBM bytes where that is more;
 * a collective within a slice sends its bytes over the links of the torus dimensions that its group spans, both ways
   where they wrap; between slices, over the data-center network;
 * asynchronous collectives overlap with computation, all others add to it:
 
     step = max(computation, asynchronous) + synchronous
 
-Products never reach their peak, and bytes that the compiler keeps on the chip or overlaps may be counted: the sum is no
-bound in either direction. It is a means to compare, and no measurement.
+Kernels never reach their peak, and may read an operand more than once. How much of what is asynchronous can be hidden
+is not looked at. It is a means to compare, and no measurement.
 """
 
 from collections.abc import Mapping, Sequence
@@ -22,6 +27,9 @@ from sft_jax.planning.hlo import Program, walk_executed
 from sft_jax.planning.topology import Topology
 from sft_jax.planning.traffic import Collective, count_memory_bytes, find_collectives
 
+READING = 2
+"""Goes up where the same program gets other figures than before: a plan of a lower one is to be made again."""
+
 
 @dataclass
 class Work:
@@ -31,16 +39,23 @@ class Work:
     memory_bytes: float = 0.0
     compute_seconds: float = 0.0
     """Of products alone, at the peak."""
+    product_seconds: float = 0.0
+    """Of products alone, by the compiler's cycles."""
     memory_seconds: float = 0.0
     """Of HBM traffic alone."""
-    busy_seconds: float = 0.0
-    """Of all instructions, each the longer of the two."""
+    serial_seconds: float = 0.0
+    """Of all instructions but prefetches, each the longer of the two."""
     sync_seconds: float = 0.0
     async_seconds: float = 0.0
     collectives: dict[tuple[str, str, bool], list[float]] = field(default_factory=dict)
     """(kind, mesh axes, asynchronous) -> [number, bytes sent, seconds]."""
     uncounted: set[str] = field(default_factory=set)
     """Kernels whose products nobody has counted."""
+
+    @property
+    def busy_seconds(self) -> float:
+        """Of computation: everything on the device itself."""
+        return max(self.serial_seconds, self.memory_seconds)
 
     @property
     def collective_bytes(self) -> float:
@@ -53,8 +68,8 @@ class Work:
     @property
     def bound(self) -> str:
         """What takes the most of the step: compute, memory or collectives."""
-        memory = self.busy_seconds - self.compute_seconds
-        times = {"compute": self.compute_seconds, "memory": memory, "collectives": self.sync_seconds}
+        memory = self.busy_seconds - self.product_seconds
+        times = {"compute": self.product_seconds, "memory": memory, "collectives": self.sync_seconds}
         if self.async_seconds > self.busy_seconds:
             times["collectives"] += self.async_seconds
         return max(times, key=lambda name: times[name])
@@ -88,11 +103,14 @@ def count_work(
             continue  # its bytes are on the links
         moved = count_memory_bytes(program, computation, instruction)
         compute, memory = flops / chip.flops_per_second, moved / chip.hbm_bytes_per_second
+        products = max(compute, instruction.estimated_cycles / chip.clock_hertz) if flops else 0.0
         work.flops += flops * times
         work.memory_bytes += moved * times
         work.compute_seconds += compute * times
+        work.product_seconds += products * times
         work.memory_seconds += memory * times
-        work.busy_seconds += max(compute, memory) * times
+        if not instruction.opcode.endswith("-start"):
+            work.serial_seconds += max(products, memory) * times
         around = program.computations[computation]
         if 'custom_call_target="tpu_custom_call"' in instruction.attributes and (
             count_kernel_flops(around, instruction) is None

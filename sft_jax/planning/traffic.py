@@ -11,28 +11,47 @@ from sft_jax.planning.hlo import Instruction, Program, inner_instructions
 
 COLLECTIVES = ("all-gather", "all-reduce", "reduce-scatter", "all-to-all", "collective-permute")
 _MESH = re.compile(r"replica_groups=mesh\[([^\]]*)\](?:, device_ids=\(\[([\d,]+)\]T\(([\d,]+)\)\))? \{([^}]*)\}")
-# Names for what is there already, and the ends of what another instruction has started.
+# Names for what is there already, memory that nothing fills, and the ends of what another instruction has started.
 _FREE = {
     "parameter", "constant", "tuple", "get-tuple-element", "bitcast", "after-all", "partition-id", "replica-id",
     "opt-barrier", "iota", "domain", "add-dependency",
 }  # fmt: skip
+_FREE_CALLS = ("AllocateBuffer", "ConcatBitcast")
+_SLICES = ("dynamic-slice", "slice", "gather")
 
 
 def count_memory_bytes(program: Program, computation: str, instruction: Instruction) -> float:
-    """HBM bytes read and written by one run. A slice reads what it gives and an update writes what it takes, inside a
-    fusion as well; what lies in the core's own memory costs nothing."""
-    if instruction.opcode in _FREE or instruction.opcode.endswith("-done"):
+    """HBM bytes read and written by one run, by these rules:
+
+    * an array in the core's own memory costs nothing, on whichever side it is;
+    * a slice reads what it gives and an update writes what it takes, at any depth of fusions and under any name;
+    * all else reads its operands once and writes its result once;
+    * what is asynchronous, such as a prefetch, counts where it starts.
+    """
+    opcode, around = instruction.opcode, program.computations[computation]
+    if opcode in _FREE or opcode.endswith(("-done", "-update")):
         return 0.0
-    around = program.computations[computation]
-    if instruction.opcode == "fusion":
+    if opcode == "custom-call" and any(f'"{target}"' in instruction.attributes for target in _FREE_CALLS):
+        return 0.0
+    if opcode == "fusion":
         return _fusion_bytes(program, around, instruction)
-    if instruction.opcode in ("dynamic-slice", "slice", "gather"):
-        return 2 * _result_bytes(instruction)
-    if instruction.opcode == "dynamic-update-slice":
-        return 2 * _result_bytes(around[instruction.operands[1]])
-    if instruction.opcode.endswith("-start"):
+    operands = [around[name] for name in instruction.operands]
+    if opcode in ("call-start", "async-start"):
+        names = instruction.called("to_apply", "calls")
+        inner = ((name, inner) for name in names for inner in program.computations[name].values())
+        return sum((count_memory_bytes(program, name, instruction) for name, instruction in inner), 0.0)
+    if opcode.removesuffix("-start") in _SLICES:
+        given = instruction.shapes[-2 if opcode.endswith("-start") else 0]  # of (from, to, context)
+        return given.num_bytes * (_is_in_memory(operands[0]) + (not given.on_chip))
+    if opcode == "dynamic-update-slice":
+        return 2 * _result_bytes(operands[1])
+    if opcode.endswith("-start"):
         return _result_bytes(instruction)  # (to, from, ...)
-    return _result_bytes(instruction) + sum(_result_bytes(around[name]) for name in instruction.operands)
+    return _result_bytes(instruction) + sum(_result_bytes(operand) for operand in operands)
+
+
+def _is_in_memory(instruction: Instruction) -> bool:
+    return not any(shape.on_chip for shape in instruction.shapes)
 
 
 def _result_bytes(instruction: Instruction) -> float:
@@ -41,29 +60,47 @@ def _result_bytes(instruction: Instruction) -> float:
 
 def _fusion_bytes(program: Program, around: Mapping[str, Instruction], instruction: Instruction) -> float:
     fused = program.computations[instruction.called("calls")[0]]
-    users: dict[str, list[Instruction]] = {}
-    for inner in fused.values():
-        for name in inner.operands:
-            users.setdefault(name, []).append(inner)
     total = 0.0
     for inner in fused.values():
-        if inner.opcode != "parameter":
-            continue
-        operand = around[instruction.operands[int(inner.operands[0])]]
-        full = _result_bytes(operand)
-        uses = users.get(inner.name, [])
-        if full and uses and all(use.opcode in ("dynamic-slice", "slice") for use in uses):
-            full = min(full, sum(use.shapes[0].num_bytes for use in uses))
-        elif full and uses and all(_updates(use, inner.name) for use in uses):
-            full = 0.0  # written in place, where the update is counted
-        total += full
+        if inner.opcode == "parameter":
+            whole = _result_bytes(around[instruction.operands[int(inner.operands[0])]])
+            total += min(whole, _read_bytes(program, fused, inner)) if whole else 0.0
     root = next(inner for inner in fused.values() if inner.is_root)
     roots = [fused[name] for name in root.operands] if root.opcode == "tuple" else [root]
     for part, shape in zip(roots, instruction.shapes, strict=False):
         if not shape.on_chip:
-            updated = fused[part.operands[1]] if part.opcode == "dynamic-update-slice" else part
-            total += min(shape.num_bytes, sum(s.num_bytes for s in updated.shapes))
+            total += min(shape.num_bytes, _written_bytes(program, fused, part))
     return total
+
+
+def _read_bytes(program: Program, fused: Mapping[str, Instruction], array: Instruction) -> float:
+    """Of an array that comes into a fusion, what is used there."""
+    whole, total = sum(shape.num_bytes for shape in array.shapes), 0.0
+    uses = [inner for inner in fused.values() if array.name in inner.operands]
+    for use in uses:
+        if use.opcode in _SLICES and use.operands[0] == array.name:
+            total += use.shapes[0].num_bytes
+        elif use.opcode == "bitcast":
+            total += _read_bytes(program, fused, use)
+        elif use.opcode == "fusion":
+            called = program.computations[use.called("calls")[0]]
+            for inner in called.values():
+                if inner.opcode == "parameter" and use.operands[int(inner.operands[0])] == array.name:
+                    total += _read_bytes(program, called, inner)
+        elif not _updates(use, array.name):  # what is updated in place counts where it is written
+            return whole
+    return whole if array.is_root else min(whole, total)
+
+
+def _written_bytes(program: Program, fused: Mapping[str, Instruction], result: Instruction) -> float:
+    """Of a fusion's result, what is new."""
+    if result.opcode == "bitcast" and result.operands[0] in fused:
+        return _written_bytes(program, fused, fused[result.operands[0]])
+    if result.opcode == "fusion":
+        called = program.computations[result.called("calls")[0]]
+        return _written_bytes(program, called, next(inner for inner in called.values() if inner.is_root))
+    updated = fused[result.operands[1]] if result.opcode == "dynamic-update-slice" else result
+    return sum((shape.num_bytes for shape in updated.shapes), 0.0)
 
 
 def _updates(use: Instruction, name: str) -> bool:

@@ -56,6 +56,48 @@ def test_a_loop_whose_end_is_data_runs_as_often_as_the_caller_says():
     assert total_flops(text, 7) == 7 * 2 * ROWS * DIM * DIM
 
 
+@pytest.mark.parametrize(
+    ("start", "end", "rounds", "step"), [(0, 7, 7, 1), (3, 7, 4, 1), (0, 8, 4, 2), (0, 7, 4, 2), (5, 5, 0, 1)]
+)
+def test_a_loop_counts_from_where_it_starts_by_what_it_adds(start, end, rounds, step):
+    """As the compiler writes those of its own that take two rounds at once."""
+    text = f"""HloModule m
+
+%body (t: (u32[], f32[32,64])) -> (u32[], f32[32,64]) {{
+  %by = u32[] constant({step})
+  %t = (u32[], f32[32,64]{{1,0}}) parameter(0)
+  %i = u32[] get-tuple-element(%t), index=0
+  %x = f32[32,64]{{1,0}} get-tuple-element(%t), index=1
+  %y = f32[32,32]{{1,0}} dot(%x, %x), lhs_contracting_dims={{1}}, rhs_contracting_dims={{1}}
+  %j = u32[] add(%i, %by)
+  ROOT %o = (u32[], f32[32,64]{{1,0}}) tuple(%j, %x)
+}}
+
+%cond (t.1: (u32[], f32[32,64])) -> pred[] {{
+  %bound = u32[] constant({end})
+  %t.1 = (u32[], f32[32,64]{{1,0}}) parameter(0)
+  %i.1 = u32[] get-tuple-element(%t.1), index=0
+  ROOT %lt = pred[] compare(%i.1, %bound), direction=LT
+}}
+
+ENTRY %main (x: f32[32,64]) -> (u32[], f32[32,64]) {{
+  %x.1 = f32[32,64]{{1,0}} parameter(0)
+  %from = u32[] constant({start})
+  %a = (u32[], f32[32,64]{{1,0}}) tuple(%from, %x.1)
+  ROOT %loop = (u32[], f32[32,64]{{1,0}}) while(%a), condition=%cond, body=%body
+}}
+"""
+    assert total_flops(text) == rounds * 2 * 32 * 32 * 64
+
+
+def test_loops_of_any_start_and_step_that_jax_compiles():
+    def run(x, stack):
+        body = lambda c: (c[0] + 3, c[1] @ stack[0])  # noqa: E731
+        return jax.lax.while_loop(lambda c: c[0] < 20, body, (4, x))[1]
+
+    assert total_flops(compile_text(run, (ROWS, DIM), (TRIPS, DIM, DIM))) == 6 * 2 * ROWS * DIM * DIM  # 4, 7 .. 19
+
+
 # What the TPU compiler writes, which cannot be compiled in every place: products as convolutions, bounds as constants.
 TPU_TEXT = """HloModule step, is_scheduled=true
 
@@ -102,6 +144,99 @@ def test_the_tpu_compilers_text():
     [reduced] = find_collectives(program, "body", program.computations["body"]["r"], 8)
     assert (reduced.kind, reduced.group, reduced.is_async) == ("all-reduce", (0, 1, 2, 3), False)
     assert reduced.wire_bytes == 2 * 3 / 4 * 2 * 32 * 128
+
+
+def test_a_products_time_is_the_compilers_and_no_less_than_at_the_peak():
+    """Of what has no product only the bytes count, whatever the compiler says."""
+    chip, topology = CHIPS["v5p"], Topology(CHIPS["v5p"], (2, 2, 1))
+    sizes = {"replica": 1, "fsdp": 4, "context": 1, "tensor": 1, "expert": 1}
+    coords = np.array([(0, i // 2, i % 2, 0) for i in range(4)])
+
+    def work(cycles):
+        text = TPU_TEXT.replace("kind=kOutput,", f'kind=kOutput, backend_config={{"estimated_cycles":"{cycles}"}},')
+        return count_work(parse_program(text.replace("op_name=", 'x={"estimated_cycles":"7000"}, op_name=')), topology,
+                          sizes, coords, unknown_trips=1)  # fmt: skip
+
+    at_peak = 6 * 2 * 32 * 64 * 128 / chip.flops_per_second
+    kernel = 6 * 2 * 2 * 32 * 128 / chip.hbm_bytes_per_second  # its result and what it reads
+    assert work(1000).compute_seconds == pytest.approx(at_peak)
+    assert work(1000).product_seconds == pytest.approx(6 * 1000 / chip.clock_hertz)
+    assert work(2**63 - 1).product_seconds == pytest.approx(at_peak)  # the compiler's "unknown"
+    assert work(1).product_seconds == pytest.approx(at_peak)
+    assert work(1000).busy_seconds == pytest.approx(6 * 1000 / chip.clock_hertz + kernel)
+
+
+# A row of a stack, read and replaced, with all of it behind other names and in fusions of fusions.
+DEEP_TEXT = """HloModule step, is_scheduled=true
+
+%row (s: bf16[8,32,64], i: s32[]) -> bf16[32,64] {
+  %s = bf16[8,32,64]{2,1,0} parameter(0)
+  %i = s32[] parameter(1)
+  %zero = s32[] constant(0)
+  %flat = bf16[8,1,32,64]{3,2,1,0} bitcast(%s)
+  %cut = bf16[1,1,32,64]{3,2,1,0} dynamic-slice(%flat, %i, %zero, %zero, %zero), dynamic_slice_sizes={1,1,32,64}
+  ROOT %r = bf16[32,64]{1,0} bitcast(%cut)
+}
+
+%replace (s.1: bf16[8,32,64], r.1: bf16[32,64], i.1: s32[]) -> bf16[8,32,64] {
+  %s.1 = bf16[8,32,64]{2,1,0} parameter(0)
+  %r.1 = bf16[32,64]{1,0} parameter(1)
+  %i.1 = s32[] parameter(2)
+  %zero.1 = s32[] constant(0)
+  %new = bf16[1,32,64]{2,1,0} bitcast(%r.1)
+  ROOT %u = bf16[8,32,64]{2,1,0} dynamic-update-slice(%s.1, %new, %i.1, %zero.1, %zero.1)
+}
+
+%fused (s.2: bf16[8,32,64], i.2: s32[], w: bf16[64,64]) -> bf16[8,32,64] {
+  %s.2 = bf16[8,32,64]{2,1,0} parameter(0)
+  %i.2 = s32[] parameter(1)
+  %w = bf16[64,64]{1,0} parameter(2)
+  %x = bf16[32,64]{1,0} fusion(%s.2, %i.2), kind=kLoop, calls=%row
+  %y = bf16[32,64]{1,0} convolution(%x, %w), dim_labels=bf_io->bf
+  ROOT %z = bf16[8,32,64]{2,1,0} fusion(%s.2, %y, %i.2), kind=kLoop, calls=%replace
+}
+
+%gathered (s.3: bf16[8,32,64], i.3: s32[4]) -> bf16[4,32,64] {
+  %s.3 = bf16[8,32,64]{2,1,0} parameter(0)
+  %i.3 = s32[4]{0} parameter(1)
+  ROOT %g = bf16[4,32,64]{2,1,0} gather(%s.3, %i.3), offset_dims={1,2}, slice_sizes={1,32,64}
+}
+
+ENTRY %main (a: bf16[8,32,64], at: s32[]{:S(6)}, b: bf16[64,64]) -> bf16[8,32,64] {
+  %a = bf16[8,32,64]{2,1,0} parameter(0)
+  %at = s32[]{:S(6)} parameter(1)
+  %b = bf16[64,64]{1,0} parameter(2)
+  %ids = s32[4]{0:S(1)} parameter(3)
+  %room = bf16[8,32,64]{2,1,0} custom-call(), custom_call_target="AllocateBuffer"
+  %ahead = ((bf16[64,64]{1,0}), bf16[32,64]{1,0:S(1)}, s32[]{:S(2)}) slice-start(%b), slice={[0:32], [0:64]}
+  %ahead.1 = bf16[32,64]{1,0:S(1)} slice-done(%ahead)
+  %moved = (bf16[64,64]{1,0:S(1)}, bf16[64,64]{1,0}, u32[]{:S(2)}) copy-start(%b)
+  %moved.1 = bf16[64,64]{1,0:S(1)} copy-done(%moved)
+  %both = bf16[64,64]{1,0:S(1)} custom-call(%ahead.1, %ahead.1), custom_call_target="ConcatBitcast"
+  %rows = ((bf16[8,32,64]{2,1,0}, s32[4]{0:S(1)}), bf16[4,32,64]{2,1,0}, s32[]{:S(2)}) call-start(%a, %ids), to_apply=%gathered
+  %rows.1 = bf16[4,32,64]{2,1,0} call-done(%rows)
+  ROOT %out = bf16[8,32,64]{2,1,0} fusion(%a, %at, %moved.1), kind=kOutput, calls=%fused
+}
+"""  # noqa: E501
+
+
+@pytest.mark.parametrize(
+    ("name", "num_bytes"),
+    [
+        ("out", 2 * (32 * 64 + 32 * 64)),  # a row is read and a row is written; the weights lie on the chip
+        ("room", 0),
+        ("ahead", 2 * 32 * 64),  # read where the prefetch starts, and once
+        ("ahead.1", 0),
+        ("moved", 2 * 64 * 64),
+        ("moved.1", 0),
+        ("both", 0),
+        ("rows", 2 * 2 * 4 * 32 * 64),  # what the call gathers, read and written
+        ("rows.1", 0),
+    ],
+)
+def test_what_is_moved_counts_once_and_no_more_than_is_used(name, num_bytes):
+    program = parse_program(DEEP_TEXT)
+    assert count_memory_bytes(program, "main", program.computations["main"][name]) == num_bytes
 
 
 def test_a_batched_product_written_as_a_window_counts_its_own_taps_only():

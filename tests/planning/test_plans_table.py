@@ -36,7 +36,8 @@ def test_a_row_is_of_the_config_as_it_is(name):
 
 def test_the_digest_sees_what_a_plan_depends_on(monkeypatch):
     before = plans.digest("8b")
-    for topology, rest in (("v5p:2x2x1", ()), ("v6e:4x4", ("--config.model.remat=dots",))):
+    others = (("v5p:2x2x1", ()), ("v6e:4x4", ("--config.model.remat=dots",)), ("v6e:4x4", ("--num-slices=2",)))
+    for topology, rest in others:
         monkeypatch.setitem(plans.CASES, "8b", ("8b", topology, ("--config.batch.batch_size=16", *rest)))
         assert plans.digest("8b") != before
     elsewhere = ("--config.model.path=elsewhere", "--config.run.dir=there", "--config.log.every_steps=3")
@@ -48,6 +49,16 @@ def test_the_digest_sees_what_a_plan_depends_on(monkeypatch):
 def test_the_heads_of_configs_say_what_was_found(name):
     docstring = runpy.run_path(str(ROOT / "configs" / f"{name}.py"))["__doc__"]
     assert f"\n{plans.head_lines(name, TABLE)}\n" in docstring
+
+
+def test_a_row_that_was_read_otherwise_keeps_its_memory_and_loses_its_time():
+    assert plans.is_current("8b", TABLE | {"8b": TABLE["8b"] | {"versions": plans.versions()}})
+    table = {"8b": TABLE["8b"] | {"versions": plans.versions(), "reading": plans.READING - 1}}
+    assert not plans.is_current("8b", table)
+    assert "12.04 of 31.24 GiB" in plans.page_table(table)
+    assert "to be read again" in plans.page_table(table)
+    assert "Time:" in plans.head_lines("8b", TABLE)
+    assert "Time:" not in plans.head_lines("8b", table)
 
 
 def test_the_page_has_the_table():
