@@ -72,7 +72,8 @@ class ExampleBuilder:
     def finish(self, origin: Origin, averaging: str) -> RenderedExample:
         """`averaging` as in `config.data`: by `example`, the weights of the example sum to 1."""
         ids = np.frombuffer(b"".join(self.ids), np.int32)
-        weights = np.zeros(self.num_ids, np.float32)
+        weights = np.empty(self.num_ids, np.float32)
+        weights.fill(0.0)  # np.zeros would let go of the interpreter lock for a moment, and so starve who waits for it
         for start, stop, weight in self.weighted:
             weights[start:stop] = weight
         if averaging == "example":

@@ -29,9 +29,9 @@ from sft_jax.data.sources import RowChunk, read_chunks
 from sft_jax.data.workers import make_parts_together
 from sft_jax.datatypes import DataError, RawRow
 
-PART_BYTES = 2 << 20
+PART_BYTES = 1 << 20
 """A part is of about so many bytes of rows: the work that an interruption can lose, and the least worth sharing."""
-CHUNK_BYTES = 1 << 20
+CHUNK_BYTES = 1 << 19
 """What is read of a file at once."""
 PATIENCE_SECONDS = 60.0
 """So long nothing that was claimed appears before it is made here as well."""

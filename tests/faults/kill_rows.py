@@ -92,7 +92,7 @@ def mixed(lab: TrainingLab, trial: int) -> str:
     result = lab.train(run_dir, args, {"count_steps": {"log": str(steps)}})
     done = len(steps.read_text().splitlines())
     print(
-        f"mixed: {len(ends)} ends, {ends.count(75)} of them by SIGTERM; goodput {120 / done:.0%}: {done} steps for 120"
+        f"mixed: {len(ends)} ends, {ends.count(75)} of them by SIGTERM; goodput {300 / done:.0%}: {done} steps for 300"
     )
     if result["status"]:
         return f"did not go on: {result['log'][-2000:]}"
