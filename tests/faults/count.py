@@ -36,8 +36,18 @@ def count_trials(row: str) -> tuple[int, int]:
     return sum(line["count"] for line in mine), sum(len(line["wrong"]) for line in mine)
 
 
+def describe_commit() -> str:
+    """The commit, and `-dirty` where a file but the results is not as it was committed."""
+
+    def git(*args: str) -> str:
+        return subprocess.run(["git", "-C", str(RESULTS.parent), *args], capture_output=True, text=True).stdout.strip()
+
+    changed = git("status", "--porcelain", "--", ":/", f":(exclude){RESULTS.name}")
+    return git("rev-parse", "--short", "HEAD") + ("-dirty" if changed else "")
+
+
 def main(row: str, wanted: int) -> None:
-    commit = subprocess.run(["git", "describe", "--always", "--dirty"], capture_output=True, text=True).stdout.strip()
+    commit = describe_commit()
     first, _ = count_trials(row)
     all_rows: dict[str, Any] = {**ROWS, **SAVE_ROWS, **STOP_ROWS, **KILL_ROWS, **NUMBER_ROWS, **RANK_ROWS}
     labs = {Lab: ROWS | SAVE_ROWS, TrainingLab: STOP_ROWS | KILL_ROWS, NumberLab: NUMBER_ROWS, RankLab: RANK_ROWS}

@@ -135,6 +135,21 @@ def stuck(lab: RankLab, trial: int) -> str:
     return (problem := lab.goes_on(run_dir)) and f"{fault} of {stuck}: {problem}"
 
 
+def healthy(lab: RankLab, trial: int) -> str:
+    """500 steps by two processes, with evaluations and saves, watched as closely: nothing is found."""
+    run_dir = lab.new()
+    args = [
+        *WATCH,
+        "--config.schedule.num_steps=500",
+        "--config.checkpoint.every_steps=50",
+        f"--config.run.seed={trial}",
+    ]
+    for index, result in enumerate(lab.train_together(run_dir, args, {})):
+        if result["status"]:
+            return f"{index} ended with {result['status']}: {result['log'][-1500:]}"
+    return "" if (500, "loss") in metrics(run_dir) else "did not train to the end"
+
+
 def _lose_newest(checkpoints: Path, newest: Path, rng: random.Random) -> None:
     shutil.rmtree(newest)
 
@@ -193,4 +208,4 @@ def elastic(lab: RankLab, trial: int) -> str:
     return "" if not far else f"{len(far)} differ, among them {dict(list(far.items())[:3])}"
 
 
-RANK_ROWS = {"dead-rank": dead_rank, "stuck": stuck, "listings": listings, "elastic": elastic}
+RANK_ROWS = {"dead-rank": dead_rank, "stuck": stuck, "healthy": healthy, "listings": listings, "elastic": elastic}

@@ -15,7 +15,14 @@ def lab(tmp_path_factory):
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("row", "trial"),
-    [("dead-rank", 0), ("dead-rank", 3), ("stuck", 0), *(("listings", trial) for trial in range(5)), ("elastic", 0)],
+    [
+        ("dead-rank", 0),
+        ("dead-rank", 3),
+        ("stuck", 0),
+        ("healthy", 0),
+        *(("listings", trial) for trial in range(5)),
+        ("elastic", 0),
+    ],
 )
 def test_a_trial(lab, row, trial):
     assert RANK_ROWS[row](lab, trial) == ""
