@@ -12,13 +12,13 @@ from collections.abc import Mapping
 from pathlib import Path
 
 import msgspec
-import numpy as np
 
 from sft_jax.checkpoint.model_files import Folder, ModelFile, file_in, list_folder
 from sft_jax.checkpoint.orbax_item import OrbaxSource, open_item, write_durably, write_item
 from sft_jax.checkpoint.param_source import ParamSource
 from sft_jax.checkpoint.safetensors_io import INDEX_FILE
 from sft_jax.datatypes import StorageError
+from sft_jax.model.router import dtype_among
 
 RECORD = "sft_jax_convert.json"
 _ITEM = "params"
@@ -94,7 +94,7 @@ def convert_folder(
     Raises:
       StorageError: the target holds something else, the source is damaged, or the disk refuses.
     """
-    dtypes = {path: np.dtype(dtype or param.dtype) for path, param in sources.items()}
+    dtypes = {path: dtype_among(path, dtype) if dtype else param.dtype for path, param in sources.items()}
     if any(kind != sources[path].dtype for path, kind in dtypes.items()):  # other numbers: another base
         digest = hashlib.sha256(f"{digest} as {dtype}".encode()).hexdigest()
     copied = {name: _read(file_in(source, name)) for name in _names_to_copy(source)}

@@ -54,7 +54,8 @@ def export_pretrained(
       params: on devices or on disk.
       config: with the vocabulary that `params` have.
       stop_ids: of the tokens that end an assistant turn; generation stops at them, and at the tokenizer's own EOS.
-      dtype: of the stored weights: float32, bfloat16, float16 or float64; or of each parameter, by path.
+      dtype: of the stored weights: float32, bfloat16, float16 or float64 (`router.dtype_among` has an exception); or of
+        each parameter, by path.
       model_card: text of README.md; empty: none is written. Asked of process 0 only.
       generation: the fields of the base's `generation_config.json`, by `hf.read_generation_config`: how to sample is
         kept, and the ids that begin and end a text are those that were trained.
@@ -62,11 +63,11 @@ def export_pretrained(
     Raises:
       StorageError: where the target holds files that no export wrote, or the disk refuses.
     """
-    dtypes = {rule.path: dtype if isinstance(dtype, str) else dtype[rule.path] for rule in tensor_rules(config)}
-    for name in dtypes.values():
+    for name in [dtype] if isinstance(dtype, str) else dtype.values():
         if name not in EXPORT_DTYPES:
             raise ConfigError(f"export: dtype is {name!r}; expected one of {', '.join(EXPORT_DTYPES)}.")
-    kinds = {path: dtype_among(path, name) for path, name in dtypes.items()}
+    paths = [rule.path for rule in tensor_rules(config)]
+    kinds = {path: dtype_among(path, dtype) if isinstance(dtype, str) else np.dtype(dtype[path]) for path in paths}
     for rule in tensor_rules(config):
         assert params[rule.path].shape == rule.shape(config), f"{rule.path} is {params[rule.path].shape}"
     specs = [TensorSpec(name, kinds[parts[0].path], parts[0].hf_shape(config)) for name, parts, _ in hf_tensors(config)]
@@ -74,7 +75,7 @@ def export_pretrained(
 
     def fill(partial: Path) -> None:
         write_tensors(partial, specs, tensors, max_shard_bytes)
-        _write_configs(partial, config, tokenizer, stop_ids, dtypes[EMBEDDING.path], generation or {})
+        _write_configs(partial, config, tokenizer, stop_ids, kinds[EMBEDDING.path].name, generation or {})
         tokenizer.save(partial, chat_template)
         if model_card:
             (partial / "README.md").write_text(model_card, encoding="utf-8")

@@ -133,6 +133,13 @@ def test_values_keep_their_dtype_unless_told_otherwise(tmp_path: Path, stored: s
     assert_equal(loaded, load_pretrained(source, TINY_TIED, None, "float32"))
 
 
+def test_a_correction_of_the_choice_of_experts_is_never_narrowed(tmp_path: Path) -> None:
+    source = Path(__file__).parents[1] / "parity" / "goldens" / "deepseek_v3"
+    dtypes = json.loads((convert(source, tmp_path / "out", "--dtype=bfloat16") / RECORD).read_text())["dtypes"]
+    wide = {path.rpartition(".")[2]: dtype for path, dtype in dtypes.items() if dtype != "bfloat16"}
+    assert wide == {"correction": "float32"}
+
+
 def test_a_conversion_to_another_dtype_is_another_base(source: Path, tmp_path: Path) -> None:
     wide, narrow = (convert(source, tmp_path / dtype, f"--dtype={dtype}") for dtype in ("float32", "bfloat16"))
     assert digest_weights(wide) != digest_weights(narrow)

@@ -6,6 +6,7 @@ The folders are transformers' own: the small models of tests/parity/goldens.
 import json
 from pathlib import Path
 
+import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
 import pytest
@@ -20,13 +21,13 @@ from sft_jax.experiment import export_dtypes
 from sft_jax.model.family_table import FAMILIES
 
 GOLDENS = sorted((Path(__file__).parents[1] / "parity" / "goldens").iterdir())
+OF_CHOICE = "e_score_correction_bias"  # float32 in transformers' folders
 
 
 def write_shards(folder: Path, golden: Path, dtype: str, num_shards: int) -> dict[str, np.ndarray]:
     """A golden's folder in another dtype and other files -> its tensors."""
     tensors = safetensors.numpy.load_file(golden / "model.safetensors")
-    of_choice = "e_score_correction_bias"  # float32 in every folder
-    tensors = {name: values if name.endswith(of_choice) else values.astype(dtype) for name, values in tensors.items()}
+    tensors = {name: values if name.endswith(OF_CHOICE) else values.astype(dtype) for name, values in tensors.items()}
     folder.mkdir()
     (folder / "config.json").write_bytes((golden / "config.json").read_bytes())
     weight_map = {name: f"part-{place % num_shards}.safetensors" for place, name in enumerate(sorted(tensors))}
@@ -64,11 +65,18 @@ def test_import_then_export_is_the_identity(tmp_path: Path, golden: Path, dtype:
     assert read_config(tmp_path / "export")[0] == config
 
 
-@pytest.mark.parametrize("family", ["gemma2", "deepseek_v3"])
-def test_an_export_keeps_the_dtype_of_each_tensor(tmp_path: Path, family: str) -> None:
+@pytest.mark.parametrize(
+    ("family", "part", "dtype"),
+    [
+        ("gemma2", "norm", "float32"),
+        ("deepseek_v3", "norm", "float32"),
+        ("deepseek_v3", OF_CHOICE, "bfloat16"),  # used in float32 all the same
+    ],
+)
+def test_an_export_keeps_the_dtype_of_each_tensor(tmp_path: Path, family: str, part: str, dtype: str) -> None:
     golden = next(folder for folder in GOLDENS if folder.name == family)
     expected = write_shards(tmp_path / "base", golden, np.dtype(ml_dtypes.bfloat16), 1)
-    expected |= {name: values.astype(np.float32) for name, values in expected.items() if "norm" in name}
+    expected |= {name: values.astype(jnp.dtype(dtype)) for name, values in expected.items() if part in name}
     safetensors.numpy.save_file(expected, tmp_path / "base/part-0.safetensors", metadata={"format": "pt"})
     config, _ = read_config(tmp_path / "base")
     params = load_pretrained(tmp_path / "base", config, None, "float32")
