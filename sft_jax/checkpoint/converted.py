@@ -119,6 +119,8 @@ def convert_folder(
         partial.replace(target)
     except OSError as error:
         raise StorageError(f"{target}: could not be written: {error}. Free some space, or choose another.") from error
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)  # by now it has its name, or was refused
     return True
 
 

@@ -54,7 +54,11 @@ def _replace_folder(target: Path, fill: Callable[[Path], None]) -> None:
     check_export_target(target)
     try:
         partial = _empty_sibling(target, "partial")
-        fill(partial)
+        try:
+            fill(partial)
+        except BaseException:
+            shutil.rmtree(partial, ignore_errors=True)
+            raise
         write_json(partial / _RECORD, {"written_by": "sft_jax", "files": _files_in(partial)})
         old = _empty_sibling(target, "replaced")
         if target.exists():
