@@ -250,6 +250,9 @@ def validate(config: Config) -> list[str]:
                 re.compile(pattern)
             except re.error as error:
                 require(False, path, f"{pattern!r} is no regular expression: {error}.")
+            flags = re.match(r"\(\?(\w+)\)", pattern)
+            mended = f"(?{flags[1]}:{pattern[flags.end() :]})" if flags else ""
+            require(not flags, path, f"{pattern!r} sets flags for more than itself. Write {mended!r}.")
     errors.extend(_check_lora(config))
     sizes = [getattr(mesh, axis) for axis in MESH_AXES]
     for axis, size in zip(MESH_AXES, sizes, strict=True):

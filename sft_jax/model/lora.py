@@ -23,6 +23,7 @@ from sft_jax.model import quantized
 from sft_jax.model.adapter_use import fold_in_path
 from sft_jax.model.families import TransformerConfig
 from sft_jax.model.linear import ADAPTERS, STORED, column_lengths, merge_kernel, read_kernel
+from sft_jax.model.name_patterns import named_branches
 from sft_jax.model.param_dims import logical_dims
 from sft_jax.model.router import dtype_among
 from sft_jax.model.transformer import Params, linears
@@ -75,11 +76,11 @@ def match_names(
       parameters: path -> what the parameters of the module there are called, which is no way to name it.
 
     Raises:
-      ConfigError: a pattern matches none.
+      ConfigError: a pattern, or a branch of one, matches none.
     """
     found: set[str] = set()
-    for pattern in patterns:
-        ends_like = re.compile(rf"(?:.*\.)?(?:{pattern})")
+    for branch, named in named_branches(patterns):
+        ends_like = re.compile(rf"(?:.*\.)?(?:{branch})")
         matched, of_parameters = (
             {path for path, called in table.items() if any(ends_like.fullmatch(name) for name in called)}
             for table in (names, parameters)
@@ -88,8 +89,8 @@ def match_names(
             listed = sorted(of_parameters & names.keys())
             known = ", ".join(sorted({" = ".join(sorted(names[path])) for path in listed or names}))
             if listed:
-                raise ConfigError(f"{where}: {pattern!r} finds parameters only. Name modules: {known}.")
-            raise ConfigError(f"{where}: {pattern!r} matches nothing. There are {known}.")
+                raise ConfigError(f"{where}: {named} finds parameters only. Name modules: {known}.")
+            raise ConfigError(f"{where}: {named} matches nothing. There are {known}.")
         found |= matched
     return tuple(path for path in names if path in found)
 

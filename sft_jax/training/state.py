@@ -11,6 +11,7 @@ import optax
 from jax.sharding import AbstractMesh, Mesh, NamedSharding
 
 from sft_jax.datatypes import ConfigError
+from sft_jax.model.name_patterns import named_branches
 from sft_jax.model.transformer import Params
 from sft_jax.sharding import replicated
 
@@ -32,11 +33,11 @@ def split_params(params: Mapping[str, Any], freeze: tuple[str, ...]) -> tuple[di
     """(trainable, frozen): frozen are those whose path any pattern of `freeze` finds.
 
     Raises:
-      ConfigError: a pattern finds nothing, or all of them everything.
+      ConfigError: a pattern, or a branch of one, finds nothing; or all of them everything.
     """
-    for pattern in freeze:
-        if not any(re.search(pattern, path) for path in params):
-            raise ConfigError(f"config.model.freeze: {pattern!r} finds no parameter. There are {', '.join(params)}.")
+    for branch, named in named_branches(freeze):
+        if not any(re.search(branch, path) for path in params):
+            raise ConfigError(f"config.model.freeze: {named} finds no parameter. There are {', '.join(params)}.")
     frozen = {path for path in params if any(re.search(pattern, path) for pattern in freeze)}
     if len(frozen) == len(params):
         raise ConfigError("config.model.freeze: leaves no parameter to train. Take a pattern out.")

@@ -120,6 +120,20 @@ def test_a_parameter_is_no_name_of_its_module(family: str, option: str, name: st
         name_tensors(family, **{option: (name,)})
 
 
+@pytest.mark.parametrize(
+    ("option", "pattern", "message"),
+    [
+        ("targets", "(q_proj|k_proj.bias)", r"'\(k_proj.bias\)', a part of .*, finds parameters only"),
+        ("targets", "q_proj|qproj", r"'qproj', a part of 'q_proj\|qproj', matches nothing"),
+        ("targets", "self_attn.(?:(q|w)_proj|out)", r"'self_attn.\(\?:\(w\)_proj\)', a part of .* matches nothing"),
+        ("modules_to_save", "(embed_tokens|lm_heads)", r"'\(lm_heads\)', a part of .* matches nothing"),
+    ],
+)
+def test_a_part_of_a_pattern_that_finds_nothing_is_refused(option: str, pattern: str, message: str) -> None:
+    with pytest.raises(ConfigError, match=rf"config\.lora\.{option}: {message}"):
+        name_tensors("qwen2", **{option: (pattern,)})
+
+
 def test_a_module_that_has_sinks_beside_its_maps_is_not_the_sinks() -> None:
     with pytest.raises(ConfigError, match=r"'attention' matches nothing\. .*layers\.0\.0\.attention\.sinks"):
         name_tensors("gpt_oss", modules_to_save=("attention",))

@@ -56,6 +56,10 @@ def test_a_good_config_passes(folder, capsys):
         ("--config.batch.grad_accum_steps=0", "config.batch.grad_accum_steps: is 0; expected at least 1"),
         ("--config.optimizer.b2=-1.0", "config.optimizer.b2: is -1.0; expected at least 0"),
         ("--config.model.freeze=('[',)", "config.model.freeze: '[' is no regular expression"),
+        (
+            "--config.lora.targets=('(?i)Q_proj|K',)",
+            "config.lora.targets: '(?i)Q_proj|K' sets flags for more than itself. Write '(?i:Q_proj|K)'.",
+        ),
         ("--config.data.train[3].path=x", "IndexError"),
         ("--config.run.dir=", "config.run.dir: is empty"),
         ("--config.model.path=nowhere", "nowhere"),
@@ -141,7 +145,12 @@ def test_too_many_non_finite_steps_exit_4(folder, capsys):
 
 
 def test_a_freeze_pattern_must_find_something(folder, capsys):
-    for pattern, message in (("nothing", "'nothing' finds no parameter"), (".*", "leaves no parameter to train")):
+    cases = {
+        "nothing": "'nothing' finds no parameter",
+        "embed|mlps": "'mlps', a part of 'embed|mlps', finds no parameter",
+        ".*": "leaves no parameter to train",
+    }
+    for pattern, message in cases.items():
         args = [f"--config.model.freeze=('{pattern}',)", "--config.batch.batch_size=8"]
         status, err = run(capsys, *args, command="train")
         assert (status, message in err) == (2, True), err
