@@ -18,7 +18,7 @@ from sft_jax.data import rendering
 from sft_jax.data.pipeline import PackedDataset, open_dataset
 from sft_jax.data.rendering import Renderer
 from sft_jax.datatypes import ConfigError
-from sft_jax.model.families import TransformerConfig
+from sft_jax.model.families import TransformerConfig, longest_text
 from sft_jax.model.presets import preset_config
 from sft_jax.model.transformer import Params
 from sft_jax.placed_model import BASE_WEIGHTS, OF_MODEL, ModelOnMesh
@@ -112,6 +112,19 @@ def read_model_config(config: Config) -> TransformerConfig:
                 "Name the right folder, or leave config.model.preset empty."
             )
     return model
+
+
+def warnings_for_model(config: Config, model: TransformerConfig) -> list[str]:
+    """What of a config is allowed and seldom meant, given the model; said once at the start."""
+    length, longest = config.data.max_seq_len, longest_text(model)
+    if length <= longest:
+        return []
+    return [
+        f"config.data.max_seq_len: is {length:,}, and the model was made for texts of {longest:,} tokens "
+        "(max_position_embeddings, and what its rope_scaling adds). Longer examples reach where it has seen no token, "
+        f"and servers refuse or cut such texts. Set {longest} or less, or have a rope_scaling in the model's "
+        "config.json that reaches so far. Longer rows of shorter examples do no harm."
+    ]
 
 
 def place_model(config: Config, renderer: Renderer) -> ModelOnMesh:

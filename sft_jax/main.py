@@ -43,6 +43,7 @@ from sft_jax.experiment import (
     place_batches,
     place_model,
     use_compilation_cache,
+    warnings_for_model,
 )
 from sft_jax.model.families import num_params, train_flops_per_token
 from sft_jax.model.transformer import Params
@@ -242,7 +243,7 @@ def write_run_files(run_dir: epath.Path, config: Config, data: PackedDataset) ->
 def describe_run(console: Console, placed: ModelOnMesh, data: PackedDataset, renderer: Renderer) -> None:
     """Once per run: what will train, on what, and the first row with its mask."""
     config, mesh = placed.config, placed.mesh
-    for warning in warnings_for(config):
+    for warning in [*warnings_for(config), *warnings_for_model(config, placed.model)]:
         console.print(f"warning: {warning}", style="yellow", soft_wrap=True)
     leaves = jax.tree.leaves(placed.abstract_state)
     state_bytes = sum(math.prod(leaf.sharding.shard_shape(leaf.shape)) * leaf.dtype.itemsize for leaf in leaves)

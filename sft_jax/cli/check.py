@@ -14,7 +14,14 @@ from sft_jax.config import warnings_for
 from sft_jax.config_schema import Config
 from sft_jax.data.report_table import report_table
 from sft_jax.datatypes import StorageError
-from sft_jax.experiment import open_eval_data, open_model_config, open_renderer, open_train_data, refuse_changes
+from sft_jax.experiment import (
+    open_eval_data,
+    open_model_config,
+    open_renderer,
+    open_train_data,
+    refuse_changes,
+    warnings_for_model,
+)
 from sft_jax.main import make_run_dir
 from sft_jax.training.step import check_router_losses
 
@@ -29,10 +36,11 @@ def main(args: list[str]) -> int:
     options, rest = parser.parse_known_args(args)
     config = read_config(rest)
     console = Console()
-    for warning in warnings_for(config):
-        console.print(f"warning: {warning}", style="yellow", soft_wrap=True)
     renderer = open_renderer(config)
-    check_router_losses(config.loss, open_model_config(config, renderer))
+    model = open_model_config(config, renderer)
+    for warning in [*warnings_for(config), *warnings_for_model(config, model)]:
+        console.print(f"warning: {warning}", style="yellow", soft_wrap=True)
+    check_router_losses(config.loss, model)
     data = open_train_data(config, renderer)
     train = data.report
     held_out = {name: data.report for name, data in open_eval_data(config, renderer).items()}

@@ -18,7 +18,7 @@ from sft_jax.datatypes import ConfigError
 from sft_jax.model.latent_config import LatentConfig
 from sft_jax.model.logits import LogitShape
 from sft_jax.model.moe_config import MoeConfig
-from sft_jax.model.rope import LongRopeScaling, RopeConfig
+from sft_jax.model.rope import LinearScaling, LongRopeScaling, RopeConfig, YarnScaling
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -198,6 +198,24 @@ def group_layers(layers: Sequence[LayerConfig]) -> tuple[LayerGroup, ...]:
         places, _, repeats, period, groups = min(options, key=lambda option: option[:3])
         best.append((places, (LayerGroup(tuple(layers[start : start + period]), -repeats), *groups)))
     return best[-1][1]
+
+
+def longest_text(config: TransformerConfig) -> int:
+    """Tokens in the longest text that the model was made for. `max_position` does not count what `linear` adds (but in
+    Gemma 3), and may count what `yarn` adds.
+
+    Source: `rope_scaling` and `max_position_embeddings` in https://huggingface.co/docs/transformers/model_doc/llama.
+    """
+    longest = []
+    for layer in list_layers(config):
+        scaling = layer.rope.scaling if layer.rope else None
+        if isinstance(scaling, LinearScaling) and config.family != "gemma3_text":
+            longest.append(int(scaling.factor * config.max_position))
+        elif isinstance(scaling, YarnScaling):
+            longest.append(max(config.max_position, int(scaling.factor * scaling.original_max_position)))
+        elif layer.window is None:
+            longest.append(config.max_position)
+    return min(longest, default=config.max_position)
 
 
 def with_num_layers(config: TransformerConfig, num_layers: int) -> TransformerConfig:

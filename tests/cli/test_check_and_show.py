@@ -59,6 +59,12 @@ def test_check_prints_and_writes_the_account(capsys, tmp_path):
     assert report["eval"]["held_out"]["rows_trained"] == 1
 
 
+def test_check_warns_of_rows_longer_than_the_model_was_made_for(capsys):
+    warning = "warning: config.data.max_seq_len: is 1,025, and the model was made for texts of 1,024 tokens"
+    assert warning not in call(capsys, "check", "--config.data.max_seq_len=1024")
+    assert warning in call(capsys, "check", "--config.data.max_seq_len=1025")
+
+
 def test_check_refuses_what_the_step_would(capsys):
     error = call(capsys, "check", "--config.loss.router_balance_weight=0.01", status=2)
     assert "config.loss.router_balance_weight: is 0.01, and the model (llama) has no experts" in error

@@ -23,7 +23,9 @@ def get_config():
     config.run.dir = {run_dir!r}
     config.run.compilation_cache = {cache!r}
     config.model.preset = "testbed"
-    config.model.overrides = dict(num_layers=2, embed_dim=32, mlp_dim=64, num_heads=4, num_kv_heads=4, head_dim=8)
+    config.model.overrides = dict(
+        num_layers=2, embed_dim=32, mlp_dim=64, num_heads=4, num_kv_heads=4, head_dim=8, max_position=64
+    )
     config.model.compute_dtype = "float32"
     config.model.neftune_alpha = 5.0
     config.data.tokenizer = {tokenizer!r}
@@ -230,6 +232,7 @@ def test_early_stopping_is_said_and_remembered_and_a_profile_is_written(world):
         "--config.log.profile_steps=(3,4)",
     ]
     out, _ = finish(start(config, *args))
+    assert "warning: config.data.max_seq_len: is 128, and the model was made for texts of 64 tokens" in out
     assert "stopped early at step 30" in out  # evaluated at 0, 10, 20, 30; none better than the first
     assert saved_steps(config)[-1] == max(record["step"] for record in records(config)) == 30
     assert list((config.with_suffix("") / "profile").rglob("*.xplane.pb"))

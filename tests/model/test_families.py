@@ -3,12 +3,21 @@ import dataclasses
 import pytest
 
 from sft_jax.datatypes import ConfigError
-from sft_jax.model.families import LayerConfig, LayerGroup, group_layers, list_layers, same_layers, with_num_layers
+from sft_jax.model.families import (
+    LayerConfig,
+    LayerGroup,
+    group_layers,
+    list_layers,
+    longest_text,
+    same_layers,
+    with_num_layers,
+)
 from sft_jax.model.presets import PRESETS
-from sft_jax.model.rope import LongRopeScaling, RopeConfig
+from sft_jax.model.rope import LinearScaling, LongRopeScaling, RopeConfig, YarnScaling
 
 WHOLE = LayerConfig(rope=RopeConfig(theta=100.0))
 LOCAL = LayerConfig(rope=RopeConfig(theta=100.0), window=4)
+ONES = (1.0,) * 64
 
 
 @pytest.mark.parametrize(
@@ -26,6 +35,37 @@ def test_layers_are_grouped_into_few_places(layers, groups):
     found = group_layers(layers)
     assert found == tuple(LayerGroup(tuple(pattern), repeats) for pattern, repeats in groups)
     assert list_layers(dataclasses.replace(PRESETS["w1"], layers=found)) == layers
+
+
+@pytest.mark.parametrize(
+    ("preset", "tokens"),
+    [
+        ("llama2-7b", 4096),
+        ("llama3.2-1b", 131_072),  # not 32 times 8,192
+        ("phi3-medium-4k", 4096),
+        ("gemma3-27b", 131_072),
+        ("gpt-oss-20b", 131_072),
+        ("deepseek-v3", 163_840),
+    ],
+)
+def test_a_scaling_that_max_position_does_not_count_lengthens_the_longest_text(preset, tokens):
+    assert longest_text(PRESETS[preset]) == tokens
+
+
+@pytest.mark.parametrize(
+    ("scaling", "tokens"),
+    [
+        (LinearScaling(factor=2.5), 10_240),
+        (YarnScaling(factor=4.0, original_max_position=4096, attention_factor=1.0), 16_384),
+        (YarnScaling(factor=2.0, original_max_position=1024, attention_factor=1.0), 4096),
+        (LongRopeScaling(short=ONES, long=ONES, original_max_position=2048, attention_factor=1.0), 4096),
+    ],
+)
+def test_the_longest_text_by_each_scaling(scaling, tokens):
+    whole = LayerConfig(rope=RopeConfig(theta=10_000.0, scaling=scaling))
+    local = LayerConfig(rope=RopeConfig(theta=10_000.0), window=512)  # sees no distance but those within it
+    config = dataclasses.replace(PRESETS["llama2-7b"], layers=same_layers(4, whole) + same_layers(4, local))
+    assert longest_text(config) == tokens
 
 
 def test_more_layers_go_on_with_the_pattern():
