@@ -42,6 +42,7 @@ from sft_jax.experiment import (
     open_train_data,
     place_batches,
     place_model,
+    read_model_config,
     use_compilation_cache,
     warnings_for_model,
 )
@@ -259,6 +260,10 @@ def describe_run(console: Console, placed: ModelOnMesh, data: PackedDataset, ren
         "steps": f"{data.num_steps:,} of {config.batch.batch_size} rows of {config.data.max_seq_len} tokens",
         "first row": "green is trained on, dim is only read:",
     }
+    num_old = read_model_config(config).vocab_size
+    if config.model.path and placed.model.vocab_size > num_old:
+        new = f"{placed.model.vocab_size - num_old:,} of embedding and head"
+        lines = {"new rows": f"{new}: each began as the mean of the {num_old:,} in {config.model.path}"} | lines
     for name, text in lines.items():
         console.print(f"{name:12}{text}", soft_wrap=True, highlight=False)
     console.print(preview_row(data.row(0), renderer.tokenizer), soft_wrap=True)

@@ -49,7 +49,9 @@ def run_bash(script, folder):
 def test_five_steps(tmp_path):
     script = "\n".join(bash_blocks(ROOT / "README.md")[1:])
     assert script.count("sft-jax ") == 3
-    assert "Quite sure.<|im_end|>" in run_bash(script, tmp_path)
+    said = run_bash(script, tmp_path)
+    assert "Quite sure.<|im_end|>" in said
+    assert "2 of embedding and head: each began as the mean of the 1,900 in models/base" in said
     assert (tmp_path / "runs" / "mine" / "export" / "config.json").is_file()
 
 

@@ -375,7 +375,7 @@ def _of_next_token_layer(config: TransformerConfig, unused: set[str], where: str
     if config.family != "deepseek_v3" or f"{prefix}eh_proj.weight" not in unused:
         return set()
     found = {name for name in unused if name.startswith(prefix)}
-    logging.info("%s: leaves out %s*, %d tensors that predict one token more", where, prefix, len(found))
+    logging.warning("%s: leaves out %s*, %d tensors that predict one token more", where, prefix, len(found))
     return found
 
 

@@ -141,11 +141,13 @@ def test_experts_that_take_turns_in_one_tensor() -> None:
         np.testing.assert_array_equal(ours, tensor[:, first::2])
 
 
-def test_the_layer_that_predicts_one_token_more_is_left_out() -> None:
+def test_the_layer_that_predicts_one_token_more_is_left_out(caplog) -> None:
     config = with_num_layers(PRESETS["deepseek-v3"], 4)
     index = index_for(config)
     extra = {f"model.layers.4.{name}": index["lm_head.weight"] for name in ("eh_proj.weight", "mlp.gate.weight")}
     assert match_tensors(config, index | extra, "here") == match_tensors(config, index, "here")
+    (said,) = caplog.records
+    assert (said.levelname, said.getMessage().split(",")[0]) == ("WARNING", "here: leaves out model.layers.4.*")
     for other in (
         {"model.layers.4.mlp.gate.weight": index["lm_head.weight"]},
         {"model.layers.5.eh_proj.weight": index["lm_head.weight"]},
