@@ -83,7 +83,7 @@ def test_packed_logits_and_loss_equal_those_of_each_segment_alone(
     assert torch.equal(segment_logits(again, batch, last), pairs[-1][1])  # what we export means the same there
     expected = loss_of([theirs for _, theirs in pairs], batch)
     record_property("loss_difference", abs(loss - expected) / expected)
-    assert loss == pytest.approx(expected, rel=2e-6)
+    assert loss == pytest.approx(expected, rel=1e-6)
 
 
 def logits_and_loss(params: Any, config: Any, batch: dict[str, np.ndarray]) -> tuple[np.ndarray, float]:
@@ -118,7 +118,7 @@ def test_gradients_of_a_packed_batch_are_equal(saved, record_property, family: s
     batch = random_packed_batch(seed, fields["vocab_size"], SEGMENT_LENGTHS)
     loss, grads = loss_and_grads(model, batch)
     our_loss, our_grads = step_loss_and_grads(folder, batch, MeshConfig(), num_devices=1)
-    assert our_loss == pytest.approx(loss, rel=2e-6)
+    assert our_loss == pytest.approx(loss, rel=1e-6)
     difference = relative_difference(our_grads, grads)
     record_property("gradient_difference", difference)
-    assert difference <= 2e-5
+    assert difference <= 1e-5
