@@ -44,7 +44,8 @@ class ModelConfig:
     """dtype of activations and matmuls; the loss is at least float32 in any case."""
     attention: str = "reference"
     """Attention kernel by name: reference, which runs anywhere; splash, for TPUs; pallas_gpu, for GPUs, with heads of
-    up to 128 dims and no windows, soft-caps or sinks. Both kernels need a max_seq_len that 128 divides."""
+    up to 128 dims, whole rows and no windows, soft-caps or sinks. Both kernels need a max_seq_len that 128 divides;
+    splash over mesh.context devices one that 256 * mesh.context divides."""
     remat: str = "full"
     """What is recomputed in the backward pass: none, dots (all but outputs of the layers' matrices), attention (all but
     layer inputs and attention's outputs), full (all but layer inputs); and with what is kept in the host's memory,

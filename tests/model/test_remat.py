@@ -39,9 +39,9 @@ def walk(value):
         yield from walk(value.jaxpr)
 
 
-@pytest.mark.parametrize(("axes", "per_pass"), [({}, 1), ({"context": 2}, 3)], ids=["splash", "ring"])
+@pytest.mark.parametrize(("axes", "per_pass"), [({}, 1), ({"context": 2}, 4)], ids=["splash", "ring"])
 def test_attentions_forward_pass_runs_once_where_its_output_is_kept(axes, per_pass):
-    """The ring has a causal kernel, and two of which a device runs one at each turn."""
+    """The ring has a causal kernel, one of a device's second chunk on its first, and two for each turn."""
 
     def count(remat):
         kernels = [eqn for eqn in trace_gradient(remat, **axes) if eqn.primitive.name == "pallas_call"]
