@@ -24,6 +24,7 @@ from sft_jax.checkpoint.model_card import make_model_card, name_base
 from sft_jax.checkpoint.peft import export_adapter
 from sft_jax.checkpoint.retention import Retention
 from sft_jax.command_line import config_parser, read_config, run_command
+from sft_jax.checkpoint.storage import write_whole
 from sft_jax.config import warnings_for
 from sft_jax.config_schema import Config, digest_json
 from sft_jax.data.pipeline import PackedDataset
@@ -135,6 +136,10 @@ def train(
     writer = MetricsWriter(run_dir, step, config.log.tensorboard)
     progress = ProgressReporter(console, data.num_steps, step)
     trees = {"state": start.state, "frozen": start.frozen}
+    if writer.num_damaged:
+        progress.say(
+            f"damaged     {writer.num_damaged} lines of metrics.jsonl: they are in quarantine/metrics.jsonl now"
+        )
     watchdog = Watchdog(config.watch.stall_factor, config.watch.stall_seconds)
     trainer = Trainer(
         config=config,
@@ -236,7 +241,14 @@ def write_run_files(run_dir: epath.Path, config: Config, data: PackedDataset) ->
     config = dataclasses.replace(config, run=this_start)
     files = {"config": config.to_dict(), "provenance": describe_environment(config), "data_report": data.report}
     for name, content in files.items():
-        (run_dir / f"{name}.json").write_text(json.dumps(content, indent=1) + "\n")
+        path = run_dir / f"{name}.json"
+        try:
+            write_whole(path, (json.dumps(content, indent=1) + "\n").encode())
+        except OSError as error:
+            raise StorageError(
+                f"{path}: cannot be written: {error.strerror or error}. Is there free space, and is the disk writable? "
+                "Run the same command to go on."
+            ) from error
 
 
 def describe_run(console: Console, placed: ModelOnMesh, data: PackedDataset, renderer: Renderer) -> None:
