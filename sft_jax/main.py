@@ -252,7 +252,7 @@ def write_run_files(run_dir: epath.Path, config: Config, data: PackedDataset) ->
 
 
 def describe_run(console: Console, placed: ModelOnMesh, data: PackedDataset, renderer: Renderer) -> None:
-    """Once per run: what will train, on what, and the first row with its mask."""
+    """Once per run: what will train, on what, and on a terminal the first row with its mask."""
     config, mesh = placed.config, placed.mesh
     for warning in warnings_for(config):
         console.print(f"warning: {warning}", style="yellow", soft_wrap=True)
@@ -268,11 +268,13 @@ def describe_run(console: Console, placed: ModelOnMesh, data: PackedDataset, ren
         "data": f"{report['examples']:,} examples in {report['rows_per_epoch']:,} rows, "
         f"{report['fill_fraction']:.1%} full, {report['supervised_fraction']:.1%} of tokens supervised",
         "steps": f"{data.num_steps:,} of {config.batch.batch_size} rows of {config.data.max_seq_len} tokens",
-        "first row": "green is trained on, dim is only read:",
     }
     for name, text in lines.items():
+    if console.is_terminal:
+        lines["first row"] = "green is trained on, dim is only read:"
         console.print(f"{name:12}{text}", soft_wrap=True, highlight=False)
-    console.print(preview_row(data.row(0), renderer.tokenizer), soft_wrap=True)
+    if console.is_terminal:  # and in no log: it goes where the rows may not
+        console.print(preview_row(data.row(0), renderer.tokenizer), soft_wrap=True)
 
 
 def describe_start(console: Console, start: Start, num_steps: int) -> None:

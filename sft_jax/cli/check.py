@@ -1,5 +1,6 @@
 """`sft-jax check`: the config and all of its data, with no training."""
 
+import contextlib
 import json
 import sys
 from collections.abc import Mapping
@@ -15,7 +16,7 @@ from sft_jax.config_schema import Config
 from sft_jax.data.report_table import report_table
 from sft_jax.datatypes import StorageError
 from sft_jax.experiment import open_eval_data, open_model_config, open_renderer, open_train_data, refuse_changes
-from sft_jax.main import make_run_dir
+from sft_jax.main import make_run_dir, private_files
 from sft_jax.training.step import check_router_losses
 
 
@@ -59,12 +60,13 @@ def write_report(config: Config, out: str | None, report: dict) -> str:
     """Write data_report.json, and say where. A run's own, of the data that it was started on, is left as it is."""
     run_dir = epath.Path(config.run.dir).expanduser()
     path = epath.Path(out).expanduser() if out else run_dir / "data_report.json"
-    if not out:
-        if (run_dir / "config.json").exists():
-            return f"{path} is kept as the run that was started there wrote it; --out=FILE writes this report"
-        make_run_dir(run_dir)
+    if not out and (run_dir / "config.json").exists():
+        return f"{path} is kept as the run that was started there wrote it; --out=FILE writes this report"
     try:
-        path.write_text(json.dumps(report, indent=1) + "\n")
+        with contextlib.nullcontext() if out else private_files():
+            if not out:
+                make_run_dir(run_dir)
+            path.write_text(json.dumps(report, indent=1) + "\n")
     except OSError as error:
         raise StorageError(f"{path}: cannot be written: {error.strerror}. Name another file with --out.") from error
     return f"report: {path}"
