@@ -9,6 +9,7 @@ import json
 import math
 import os
 import sys
+import traceback
 from collections.abc import Iterator, Mapping
 from typing import Any
 
@@ -23,14 +24,14 @@ from sft_jax.checkpoint.manager import CheckpointManager
 from sft_jax.checkpoint.model_card import make_model_card, name_base
 from sft_jax.checkpoint.peft import export_adapter
 from sft_jax.checkpoint.retention import Retention
-from sft_jax.command_line import config_parser, read_config, run_command
 from sft_jax.checkpoint.storage import write_whole
+from sft_jax.command_line import config_parser, read_config, run_command
 from sft_jax.config import warnings_for
 from sft_jax.config_schema import Config, digest_json
 from sft_jax.data.pipeline import PackedDataset
 from sft_jax.data.preview import preview_row
 from sft_jax.data.rendering import Renderer
-from sft_jax.datatypes import PREEMPTED_EXIT_CODE, ConfigError, NumericError, StorageError
+from sft_jax.datatypes import PREEMPTED_EXIT_CODE, ConfigError, NumericError, SftError, StorageError
 from sft_jax.experiment import (
     ModelOnMesh,
     Start,
@@ -135,11 +136,11 @@ def train(
         describe_start(console, start, data.num_steps)
     writer = MetricsWriter(run_dir, step, config.log.tensorboard)
     progress = ProgressReporter(console, data.num_steps, step)
-    trees = {"state": start.state, "frozen": start.frozen}
     if writer.num_damaged:
         progress.say(
             f"damaged     {writer.num_damaged} lines of metrics.jsonl: they are in quarantine/metrics.jsonl now"
         )
+    trees = {"state": start.state, "frozen": start.frozen}
     watchdog = Watchdog(config.watch.stall_factor, config.watch.stall_seconds)
     trainer = Trainer(
         config=config,
@@ -269,9 +270,9 @@ def describe_run(console: Console, placed: ModelOnMesh, data: PackedDataset, ren
         f"{report['fill_fraction']:.1%} full, {report['supervised_fraction']:.1%} of tokens supervised",
         "steps": f"{data.num_steps:,} of {config.batch.batch_size} rows of {config.data.max_seq_len} tokens",
     }
-    for name, text in lines.items():
     if console.is_terminal:
         lines["first row"] = "green is trained on, dim is only read:"
+    for name, text in lines.items():
         console.print(f"{name:12}{text}", soft_wrap=True, highlight=False)
     if console.is_terminal:  # and in no log: it goes where the rows may not
         console.print(preview_row(data.row(0), renderer.tokenizer), soft_wrap=True)
@@ -302,9 +303,17 @@ def main(args: list[str]) -> int:
     config = read_config([*rest, *short])
     try:
         run(config)
-    except jax.errors.JaxRuntimeError:
-        wait_for_verdict()
-        raise
+    except Exception as error:
+        if isinstance(error, jax.errors.JaxRuntimeError):
+            wait_for_verdict()
+        if coordinator() is None:
+            raise
+        # The others may be in a step, and jax would have this process wait for them for five minutes.
+        if isinstance(error, SftError):
+            print(f"error: {error}", file=sys.stderr)
+        else:
+            traceback.print_exc()
+        leave(error.exit_code if isinstance(error, SftError) else 1)
     except Preempted as stop:
         print(f"preempted: {stop}", file=sys.stderr)
         if coordinator() is not None:
