@@ -3,6 +3,7 @@ they are run, or only printed (`--dry-run`)."""
 
 import argparse
 import dataclasses
+import re
 import shlex
 import subprocess
 from collections.abc import Sequence
@@ -72,6 +73,11 @@ def parse_launch(parser: argparse.ArgumentParser, args: Sequence[str]) -> tuple[
         raise ConfigError(
             f"{strange[0]}: is no option of {parser.prog} (--help lists them), nor one of the run's, which are "
             f"--config=FILE, --config.section.field=value and {', '.join(TRAINER_FLAGS)}."
+        )
+    if not re.fullmatch(r"[A-Za-z0-9][-._A-Za-z0-9]*", options.name):
+        raise ConfigError(
+            f"--name={options.name}: becomes a folder in --storage, and goes into commands. Give letters, digits, "
+            "hyphens, dots and underscores, and begin with a letter or a digit."
         )
     read_config([arg for arg in rest if arg not in TRAINER_FLAGS])
     env = dict(pair.partition("=")[::2] for pair in options.env if "=" in pair)

@@ -23,7 +23,7 @@ from ml_collections import config_flags
 
 from sft_jax.config import default_config, from_config_dict
 from sft_jax.config_schema import Config
-from sft_jax.datatypes import ConfigError, SftError
+from sft_jax.datatypes import ConfigError, SftError, StorageError
 
 
 def run_command(command: Callable[[list[str]], int | None], argv: Sequence[str] | None = None) -> int:
@@ -51,6 +51,12 @@ def run_command(command: Callable[[list[str]], int | None], argv: Sequence[str] 
             raise
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # for what is not flushed yet
         return 128 + signal.SIGPIPE
+    except OSError as error:
+        if debug or error.filename is None:
+            raise
+        hint = "Is the disk there, with free space, and may you read and write there? --debug shows where it failed."
+        print(f"error: {error.filename}: {error.strerror}. {hint}", file=sys.stderr)
+        return StorageError.exit_code
 
 
 def _is_unread(out: TextIO) -> bool:

@@ -9,6 +9,7 @@ import json
 import math
 import os
 import sys
+import traceback
 from collections.abc import Iterator, Mapping
 from typing import Any
 
@@ -23,13 +24,14 @@ from sft_jax.checkpoint.manager import CheckpointManager
 from sft_jax.checkpoint.model_card import make_model_card, name_base
 from sft_jax.checkpoint.peft import export_adapter
 from sft_jax.checkpoint.retention import Retention
+from sft_jax.checkpoint.storage import write_whole
 from sft_jax.command_line import config_parser, read_config, run_command
 from sft_jax.config import warnings_for
 from sft_jax.config_schema import Config, digest_json
 from sft_jax.data.pipeline import PackedDataset
 from sft_jax.data.preview import preview_row
 from sft_jax.data.rendering import Renderer
-from sft_jax.datatypes import PREEMPTED_EXIT_CODE, ConfigError, NumericError, StorageError
+from sft_jax.datatypes import PREEMPTED_EXIT_CODE, ConfigError, NumericError, SftError, StorageError
 from sft_jax.experiment import (
     ModelOnMesh,
     Start,
@@ -136,6 +138,10 @@ def train(
         describe_start(console, start, data.num_steps)
     writer = MetricsWriter(run_dir, step, config.log.tensorboard)
     progress = ProgressReporter(console, data.num_steps, step)
+    if writer.num_damaged:
+        progress.say(
+            f"damaged     {writer.num_damaged} lines of metrics.jsonl: they are in quarantine/metrics.jsonl now"
+        )
     trees = {"state": start.state, "frozen": start.frozen}
     watchdog = Watchdog(config.watch.stall_factor, config.watch.stall_seconds)
     trainer = Trainer(
@@ -238,11 +244,18 @@ def write_run_files(run_dir: epath.Path, config: Config, data: PackedDataset) ->
     config = dataclasses.replace(config, run=this_start)
     files = {"config": config.to_dict(), "provenance": describe_environment(config), "data_report": data.report}
     for name, content in files.items():
-        (run_dir / f"{name}.json").write_text(json.dumps(content, indent=1) + "\n")
+        path = run_dir / f"{name}.json"
+        try:
+            write_whole(path, (json.dumps(content, indent=1) + "\n").encode())
+        except OSError as error:
+            raise StorageError(
+                f"{path}: cannot be written: {error.strerror or error}. Is there free space, and is the disk writable? "
+                "Run the same command to go on."
+            ) from error
 
 
 def describe_run(console: Console, placed: ModelOnMesh, data: PackedDataset, renderer: Renderer) -> None:
-    """Once per run: what will train, on what, and the first row with its mask."""
+    """Once per run: what will train, on what, and on a terminal the first row with its mask."""
     config, mesh = placed.config, placed.mesh
     for warning in [*warnings_for(config), *warnings_for_model(config, placed.model)]:
         console.print(f"warning: {warning}", style="yellow", soft_wrap=True)
@@ -258,15 +271,17 @@ def describe_run(console: Console, placed: ModelOnMesh, data: PackedDataset, ren
         "data": f"{report['examples']:,} examples in {report['rows_per_epoch']:,} rows, "
         f"{report['fill_fraction']:.1%} full, {report['supervised_fraction']:.1%} of tokens supervised",
         "steps": f"{data.num_steps:,} of {config.batch.batch_size} rows of {config.data.max_seq_len} tokens",
-        "first row": "green is trained on, dim is only read:",
     }
     num_old = read_model_config(config).vocab_size
     if config.model.path and placed.model.vocab_size > num_old:
         new = f"{placed.model.vocab_size - num_old:,} of embedding and head"
         lines = {"new rows": f"{new}: each began as the mean of the {num_old:,} in {config.model.path}"} | lines
+    if console.is_terminal:
+        lines["first row"] = "green is trained on, dim is only read:"
     for name, text in lines.items():
         console.print(f"{name:12}{text}", soft_wrap=True, highlight=False)
-    console.print(preview_row(data.row(0), renderer.tokenizer), soft_wrap=True)
+    if console.is_terminal:  # and in no log: it goes where the rows may not
+        console.print(preview_row(data.row(0), renderer.tokenizer), soft_wrap=True)
 
 
 def describe_start(console: Console, start: Start, num_steps: int) -> None:
@@ -294,9 +309,17 @@ def main(args: list[str]) -> int:
     config = read_config([*rest, *short])
     try:
         run(config)
-    except jax.errors.JaxRuntimeError:
-        wait_for_verdict()
-        raise
+    except Exception as error:
+        if isinstance(error, jax.errors.JaxRuntimeError):
+            wait_for_verdict()
+        if coordinator() is None:
+            raise
+        # The others may be in a step, and jax would have this process wait for them for five minutes.
+        if isinstance(error, SftError):
+            print(f"error: {error}", file=sys.stderr)
+        else:
+            traceback.print_exc()
+        leave(error.exit_code if isinstance(error, SftError) else 1)
     except Preempted as stop:
         print(f"preempted: {stop}", file=sys.stderr)
         if coordinator() is not None:

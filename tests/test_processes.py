@@ -5,6 +5,7 @@ import signal
 import socket
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
@@ -37,28 +38,72 @@ time.sleep(120)
 """
 
 
-@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGSTOP])
-def test_a_process_that_is_silent_is_named_by_the_others(number):
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        address = f"127.0.0.1:{free.getsockname()[1]}"
-    named = {"JAX_COORDINATOR_ADDRESS": address, "JAX_NUM_PROCESSES": "3", "JAX_PLATFORMS": "cpu"}
-    processes = [
-        subprocess.Popen(
-            [sys.executable, "-c", _BEATS],
-            env=os.environ | named | {"JAX_PROCESS_ID": str(index), "PYTHONPATH": os.pathsep.join(sys.path)},
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            text=True,
+_FAILS_ALONE = """
+import sys, time
+from sft_jax import main, processes
+from sft_jax.command_line import run_command
+from sft_jax.datatypes import StorageError
+processes.BEAT_SECONDS = 0.3
+
+def run(config):
+    processes.join_processes()
+    print("joined", flush=True)
+    if processes.process_place()[0] == int(sys.argv[1]):
+        time.sleep(2.0)
+        raise StorageError("run: is gone. Look.")
+    time.sleep(120)
+
+main.run = run
+sys.exit(run_command(main.main, ["--config=configs/demo.py"]))
+"""
+
+
+@pytest.fixture
+def start():
+    """A function: a program and its arguments -> three processes of it, which have joined."""
+    started = []
+
+    def start(program, *args):
+        with socket.socket() as free:
+            free.bind(("127.0.0.1", 0))
+            address = f"127.0.0.1:{free.getsockname()[1]}"
+        named = {"JAX_COORDINATOR_ADDRESS": address, "JAX_NUM_PROCESSES": "3", "JAX_PLATFORMS": "cpu"}
+        started.extend(
+            subprocess.Popen(
+                [sys.executable, "-c", program, *args],
+                env=os.environ | named | {"JAX_PROCESS_ID": str(index), "PYTHONPATH": os.pathsep.join(sys.path)},
+                cwd=Path(__file__).parents[1],
+                stdout=subprocess.PIPE,
+                stderr=subprocess.PIPE,
+                text=True,
+            )
+            for index in range(3)
         )
-        for index in range(3)
-    ]
-    for process in processes:
-        assert process.stdout.readline() == "joined\n"
+        for process in started:
+            assert process.stdout.readline() == "joined\n"
+        return started
+
+    yield start
+    for process in started:
+        process.kill()
+        process.communicate()
+
+
+def test_a_process_that_fails_alone_does_not_wait_for_the_others_which_name_it(start):
+    processes = start(_FAILS_ALONE, "2")
+    _, err = processes[2].communicate(timeout=100)
+    assert (processes[2].returncode, err.count("error: run: is gone. Look.")) == (5, 1), err
+    for process in processes[:2]:
+        _, err = process.communicate(timeout=100)
+        assert process.returncode == 6, err
+        assert "error: process 2 has been silent" in err
+
+
+@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGSTOP])
+def test_a_process_that_is_silent_is_named_by_the_others(start, number):
+    processes = start(_BEATS)
     processes[2].send_signal(number)
     for process in processes[:2]:
         _, err = process.communicate(timeout=100)
         assert process.returncode == 6, err
         assert "error: process 2 has been silent" in err
-    processes[2].kill()
-    processes[2].communicate()

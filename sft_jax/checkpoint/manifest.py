@@ -211,4 +211,6 @@ def find_strangers(folder: epath.Path, manifest: Manifest) -> list[str]:
         found = list_files(folder)
     except ValueError as error:
         return [str(error)]
+    except OSError as error:
+        return [f"it cannot be listed: {error}"]
     return [f"{name} was not written by the save" for name in found if name not in manifest.files]

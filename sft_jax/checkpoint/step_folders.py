@@ -203,7 +203,7 @@ class StepFolders:
         return target
 
     def list_quarantine(self) -> list[str]:
-        return sorted(path.name for path in self.quarantine_dir.iterdir()) if self.quarantine_dir.exists() else []
+        return sorted(path.name for path in self.quarantine_dir.iterdir()) if self.quarantine_dir.is_dir() else []
 
 
 _MARKS = (_UNFINISHED, _QUARANTINED)

@@ -1,5 +1,6 @@
 """`sft-jax check`: the config and all of its data, with no training."""
 
+import contextlib
 import json
 import sys
 from collections.abc import Mapping
@@ -22,7 +23,7 @@ from sft_jax.experiment import (
     refuse_changes,
     warnings_for_model,
 )
-from sft_jax.main import make_run_dir
+from sft_jax.main import make_run_dir, private_files
 from sft_jax.training.step import check_router_losses
 
 
@@ -67,12 +68,13 @@ def write_report(config: Config, out: str | None, report: dict) -> str:
     """Write data_report.json, and say where. A run's own, of the data that it was started on, is left as it is."""
     run_dir = epath.Path(config.run.dir).expanduser()
     path = epath.Path(out).expanduser() if out else run_dir / "data_report.json"
-    if not out:
-        if (run_dir / "config.json").exists():
-            return f"{path} is kept as the run that was started there wrote it; --out=FILE writes this report"
-        make_run_dir(run_dir)
+    if not out and (run_dir / "config.json").exists():
+        return f"{path} is kept as the run that was started there wrote it; --out=FILE writes this report"
     try:
-        path.write_text(json.dumps(report, indent=1) + "\n")
+        with contextlib.nullcontext() if out else private_files():
+            if not out:
+                make_run_dir(run_dir)
+            path.write_text(json.dumps(report, indent=1) + "\n")
     except OSError as error:
         raise StorageError(f"{path}: cannot be written: {error.strerror}. Name another file with --out.") from error
     return f"report: {path}"

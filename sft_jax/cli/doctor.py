@@ -8,7 +8,7 @@ from etils import epath
 
 from sft_jax.checkpoint.manifest import find_damage, find_strangers
 from sft_jax.checkpoint.restorable import describe
-from sft_jax.checkpoint.run_lock import find_owner
+from sft_jax.checkpoint.run_lock import Owner, find_owner
 from sft_jax.checkpoint.step_folders import Listing, StepFolders
 from sft_jax.command_line import run_command
 from sft_jax.datatypes import ConfigError, StorageError
@@ -27,17 +27,27 @@ def main(args: list[str]) -> int:
     if not run_dir.is_dir():
         raise ConfigError(f"sft-jax doctor: {run_dir} is no folder. Name the run directory, config.run.dir of the run.")
     folders = StepFolders(run_dir)
+    if folders.read_record() is None and not folders.directory.is_dir():
+        raise ConfigError(
+            f"sft-jax doctor: {run_dir} holds no run: neither checkpoints/ nor run_id. Name the run directory, "
+            "config.run.dir of the run; a start there begins at step 0."
+        )
     record = folders.find_record()
     listing = folders.scan(record.run_id)
     damage = {step: problems for step in listing.saved if (problems := _problems(folders, listing, step))}
-    for line in _describe(folders, listing, damage):
+    removed = set(listing.saved) - set(folders.scan(record.run_id).saved)  # meanwhile, by whoever trains
+    for step in removed:
+        del listing.saved[step]
+    owner = find_owner(folders.run_dir)
+    for line in _describe(folders, listing, damage, owner):
         print(line)
     whole = set(listing.saved) - set(damage)
+    then = "is refused as long as that process trains; after it " if owner else ""
     if whole:
-        print(f"next start: goes on from step {max(whole)}")
+        print(f"next start: {then}goes on from step {max(whole)}")
         return 0
     if not listing.had_steps and not record.has_saved:
-        print("next start: begins at step 0, since this run has saved nothing yet")
+        print(f"next start: {then}begins at step 0, since this run has saved nothing yet")
         return 0
     raise StorageError(
         f"{run_dir}: no step can be trusted, so the next start will stop. Restore one into checkpoints/ from a copy, "
@@ -50,8 +60,9 @@ def _problems(folders: StepFolders, listing: Listing, step: int) -> list[str]:
     return find_damage(path, manifest, manifest.files) + find_strangers(path, manifest)
 
 
-def _describe(folders: StepFolders, listing: Listing, damage: dict[int, list[str]]) -> Iterator[str]:
-    owner = find_owner(folders.run_dir)
+def _describe(
+    folders: StepFolders, listing: Listing, damage: dict[int, list[str]], owner: Owner | None
+) -> Iterator[str]:
     yield f"lock: {owner} trains here now" if owner else "lock: nobody trains here"
     newest = max(set(listing.saved) - set(damage), default=-1)
     for step in sorted({*listing.saved, *listing.damaged}):

@@ -46,7 +46,13 @@ def main(args: list[str]) -> int:
     run_dir = epath.Path(options.run)
     if not (run_dir / "config.json").exists():
         raise StorageError(f"--run={run_dir}: has no config.json. Name the run directory, config.run.dir of the run.")
-    config = from_config_dict(json.loads((run_dir / "config.json").read_text()))
+    try:
+        fields = json.loads((run_dir / "config.json").read_text())
+    except ValueError as error:
+        raise StorageError(
+            f"{run_dir}/config.json: is damaged: {error}. Restore it from a copy; a start of the run writes it anew."
+        ) from error
+    config = from_config_dict(fields)
     reader = CheckpointReader(run_dir)
     step = options.step
     if step is None:

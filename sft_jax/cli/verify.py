@@ -29,6 +29,8 @@ def main(args: list[str]) -> int:
         paths = [path]
     if not path.is_dir():
         raise ConfigError(f"sft-jax verify: {path} is no folder. Name a step's folder, or a run directory.")
+    if not paths:
+        raise StorageError(f"{path}: has no checkpoint. sft-jax doctor says what the next start will do.")
     damaged = [path for path in paths if not _is_whole(path)]
     if damaged:
         raise StorageError(f"{len(damaged)} of {len(paths)} checkpoints cannot be trusted. sft-jax doctor says more.")

@@ -1,8 +1,9 @@
 """A step's sums on the device -> a flat record of numbers -> metrics.jsonl, TensorBoard and the terminal."""
 
+import contextlib
 import json
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -10,6 +11,9 @@ import numpy as np
 from etils import epath
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+from sft_jax.checkpoint.storage import write_whole
+from sft_jax.datatypes import StorageError
 
 Record = dict[str, float]
 
@@ -80,22 +84,36 @@ class StepMeter:
 class MetricsWriter:
     """Appends records to `<run>/metrics.jsonl` and `<run>/tensorboard/`; only process 0 writes.
 
-    A resumed run drops the records after `start_step`: those steps are about to be done again.
+    A resumed run drops the records after `start_step`: those steps are about to be done again. Lines that are no
+    records go to `<run>/quarantine/metrics.jsonl`: what a disk has done to the log is no reason not to go on.
+
+    Raises:
+      StorageError: from whatever writes.
     """
 
     def __init__(self, run_dir: epath.Path, start_step: int, tensorboard: bool) -> None:
         self._run_dir, self._path = run_dir, run_dir / "metrics.jsonl"
         self._writes, self._uses_tensorboard = jax.process_index() == 0, tensorboard
         self._tensorboard = None
+        self.num_damaged = 0
+        """Lines of the log that are no records."""
         if self._writes:
-            self._open(start_step)
+            with self._refusals():
+                self._open(start_step)
 
     def _open(self, start_step: int) -> None:
-        lines: list[str] = []
+        lines: list[bytes] = []
         if self._path.exists():
-            lines = self._path.read_text().split("\n")[:-1]  # what follows the last newline was being written
-            lines = [line for line in lines if json.loads(line)["step"] <= start_step]
-        self._path.write_text("".join(line + "\n" for line in lines))
+            lines = self._path.read_bytes().split(b"\n")[:-1]  # what follows the last newline was being written
+            steps = [_step_of(line) for line in lines]
+            if damaged := [line for line, step in zip(lines, steps, strict=True) if step is None]:
+                self.num_damaged = len(damaged)
+                kept = self._run_dir / "quarantine" / self._path.name
+                kept.parent.mkdir(exist_ok=True)
+                with kept.open("ab") as out:
+                    out.writelines(line + b"\n" for line in damaged)
+            lines = [line for line, step in zip(lines, steps, strict=True) if step is not None and step <= start_step]
+        write_whole(self._path, b"".join(line + b"\n" for line in lines))
         self._file = self._path.open("a")
         if self._uses_tensorboard:
             from tensorboardX import SummaryWriter  # half a second of import, only where it is used
@@ -111,17 +129,37 @@ class MetricsWriter:
     def write(self, step: int, record: Record) -> None:
         if not self._writes:
             return
-        self._file.write(json.dumps({"step": step, **record}) + "\n")
-        self._file.flush()
+        with self._refusals():
+            self._file.write(json.dumps({"step": step, **record}) + "\n")
+            self._file.flush()
         if self._tensorboard:
             for name, value in record.items():
                 self._tensorboard.add_scalar(name, value, step)
 
     def close(self) -> None:
         if self._writes:
-            self._file.close()
+            with contextlib.suppress(OSError):  # what could not be written, which has been said
+                self._file.close()
         if self._tensorboard:
             self._tensorboard.close()
+
+    @contextlib.contextmanager
+    def _refusals(self) -> Iterator[None]:
+        try:
+            yield
+        except OSError as error:
+            raise StorageError(
+                f"{self._path}: cannot be written: {error.strerror or error}. Is there free space, and is the disk "
+                "writable? Run the same command to go on."
+            ) from error
+
+
+def _step_of(line: bytes) -> int | None:
+    """None: the line is no record."""
+    try:
+        return int(json.loads(line)["step"])
+    except (ValueError, KeyError, TypeError):
+        return None
 
 
 class ProgressReporter:

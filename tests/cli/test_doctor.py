@@ -11,8 +11,10 @@ sys.path.append(str(Path(__file__).parents[1] / "faults"))
 from damage import flip_bit
 from runs import content, copy_run, save_run
 
+from sft_jax.checkpoint.manifest import find_damage
 from sft_jax.checkpoint.run_lock import RunLock
 from sft_jax.checkpoint.step_folders import StepFolders
+from sft_jax.cli import doctor
 from sft_jax.cli.main import dispatch
 from sft_jax.command_line import run_command
 
@@ -84,16 +86,38 @@ def test_a_run_that_cannot_go_on_by_itself(run_dir, say):
     shutil.rmtree(run_dir / "checkpoints")
     assert "the next start will stop" in say("doctor", run_dir, 5)
     (run_dir / "run_id").unlink()
-    assert "begins at step 0" in say("doctor", run_dir, 0)
+    assert "holds no run: neither checkpoints/ nor run_id" in say("doctor", run_dir, 2)
+    (run_dir / "checkpoints").mkdir()
+    assert say("doctor", run_dir, 0).endswith("next start: begins at step 0, since this run has saved nothing yet\n")
+    assert "checkpoints: has no checkpoint" in say("verify", run_dir, 5).replace(str(run_dir), "checkpoints")
 
 
 def test_who_trains_is_said(run_dir, say):
     assert "lock: nobody trains here" in say("doctor", run_dir, 0)
     lock = RunLock(StepFolders(run_dir).run_dir)
     try:
-        assert re.search(r"lock: process \d+ on .* trains here now", say("doctor", run_dir, 0))
+        text = say("doctor", run_dir, 0)
+        assert re.search(r"lock: process \d+ on .* trains here now", text)
+        assert text.endswith("next start: is refused as long as that process trains; after it goes on from step 3\n")
     finally:
         lock.release()
+
+
+def test_a_step_that_is_removed_meanwhile_is_not_called_damaged(run_dir, monkeypatch, capsys):
+    def remove_and_look(path, manifest, names):
+        if path.name == "1":
+            StepFolders(run_dir).remove_step(1)
+        return find_damage(path, manifest, names)
+
+    monkeypatch.setattr(doctor, "find_damage", remove_and_look)
+    assert run_command(dispatch, ["doctor", str(run_dir)]) == 0
+    assert re.findall(r"step (\d): (\w+)", capsys.readouterr().out) == [("2", "whole"), ("3", "whole")]
+
+
+def test_what_cannot_be_read_is_named(run_dir, say):
+    (run_dir / "run_id").unlink()
+    (run_dir / "run_id").mkdir()
+    assert say("doctor", run_dir, 5).startswith(f"error: {run_dir}/run_id: Is a directory. ")
 
 
 @pytest.mark.parametrize("command", ["doctor", "verify"])

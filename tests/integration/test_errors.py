@@ -46,6 +46,12 @@ def test_a_good_config_passes(folder, capsys):
     assert run(capsys) == (0, "")
 
 
+def test_what_a_check_writes_in_a_run_is_for_its_owner_alone(folder, capsys):
+    assert run(capsys) == (0, "")
+    written = [folder / "run", folder / "run" / "data_report.json"]
+    assert [oct(path.stat().st_mode & 0o777) for path in written] == ["0o700", "0o600"]
+
+
 @pytest.mark.parametrize("command", ["check", "show", "train"])
 @pytest.mark.parametrize(
     ("override", "message"),

@@ -1,6 +1,7 @@
 """A run goes on with the data that it was started on, or says by name what changed; and it goes on with other data only
 where that is asked for, and remembers it."""
 
+import io
 import json
 import shutil
 from pathlib import Path
@@ -8,12 +9,13 @@ from pathlib import Path
 import jax
 import pytest
 from etils import epath
+from rich.console import Console
 
 from sft_jax.checkpoint.reader import CheckpointReader
 from sft_jax.cli.main import dispatch
 from sft_jax.command_line import read_config, run_command
 from sft_jax.experiment import open_renderer, place_model
-from sft_jax.main import main
+from sft_jax.main import main, run
 from sft_jax.testbed.make import BASE_MODEL
 
 CONFIG = """
@@ -160,6 +162,22 @@ def test_all_changes_are_named_together(folder, capsys):
     assert status == 2
     for case in ("one row", "the template", "max_seq_len", "the seed"):
         assert all(change in err for change in CASES[case][1])
+
+
+def test_a_log_has_no_text_of_rows_and_a_terminal_has(folder, capsys):
+    status, out, err = train(capsys, "--config.schedule.num_steps=3")
+    assert status == 0, err
+    assert "step 3/3" in out
+    assert "old flute" not in out + err
+    terminal = io.StringIO()
+    run(read_config(["--config=config.py"]), Console(file=terminal, force_terminal=True))
+    assert "old flute" in terminal.getvalue()
+
+
+def test_a_damaged_config_of_a_run_is_said(folder, capsys):
+    (folder / "run" / "config.json").write_text('{"run": {"di')
+    assert run_command(dispatch, ["export", "--run=run", "--to=out"]) == 5
+    assert "run/config.json: is damaged: Unterminated string" in capsys.readouterr().err
 
 
 def test_files_that_only_moved_are_the_same_data(folder, capsys):

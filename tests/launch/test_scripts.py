@@ -49,6 +49,15 @@ def test_a_dry_run_prints_every_command_and_runs_none(fake, config_file, capfd, 
     assert fake.calls == []
 
 
+@pytest.mark.parametrize("name", ["../other", "-x", "a b", "a/b", "", "a;b"])
+@pytest.mark.parametrize("launcher", COMMANDS, ids=lambda module: module.__name__)
+def test_a_name_that_is_more_than_one_is_refused(fake, config_file, capfd, launcher, name):
+    args = [f"--name={name}", "--storage=gs://b", "--dry-run", f"--config={config_file}"]
+    assert run_command(launcher.main, [*args, *COMMANDS[launcher]]) == 2
+    assert capfd.readouterr().err.startswith(f"error: --name={name}: becomes a folder in --storage")
+    assert fake.calls == []
+
+
 @pytest.mark.parametrize("path", SHELL, ids=lambda path: path.name)
 def test_bash_reads_it(path):
     assert subprocess.run(["bash", "-n", str(path)]).returncode == 0
