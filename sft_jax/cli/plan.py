@@ -73,8 +73,15 @@ def _compare(options: argparse.Namespace, config: Config, rest: list[str]) -> in
 
 
 def _run_aloud(case: Case) -> Outcome:
+    """Each outcome is said as soon as it is there: an hour's search that is interrupted is not lost."""
     print(f"compiling: {case.label}", file=sys.stderr, flush=True)
-    return run_case(case)
+    outcome = run_case(case)
+    said = f"NO: {outcome.problem}"
+    if outcome.plan is not None:
+        fits = f"{outcome.step_seconds:.2f} s" if outcome.fits else "does NOT fit"
+        said = f"{_size(outcome.plan['peak_bytes'])} of {_size(outcome.plan['hbm_bytes'])}, {fits}"
+    print(f"  {said}", file=sys.stderr, flush=True)
+    return outcome
 
 
 def describe_outcomes(console: Console, outcomes: Sequence[Outcome]) -> None:
