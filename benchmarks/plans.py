@@ -17,6 +17,7 @@ from typing import Any
 
 from sft_jax.command_line import read_config
 from sft_jax.config_schema import Config, digest_json
+from sft_jax.experiment import COMPILER_OPTIONS
 from sft_jax.planning.cases import Case, Outcome, run_case
 from sft_jax.planning.plan import versions
 from sft_jax.planning.roofline import READING
@@ -101,7 +102,7 @@ def make_row(name: str) -> dict[str, Any]:
 
 def row_of(name: str, outcome: Outcome) -> dict[str, Any]:
     row: dict[str, Any] = {"digest": digest(name), "command": " ".join(("sft-jax plan", *case_args(name)))}
-    row |= {"versions": versions(), "reading": READING}
+    row |= {"versions": versions(), "reading": READING, "told": COMPILER_OPTIONS["tpu"]}
     if outcome.plan is None:
         return row | {"problem": outcome.problem}
     kept = ("fits", "peak_bytes", "hbm_bytes", "bytes", "mesh", "num_params", "flops", "memory_bytes",
@@ -112,7 +113,8 @@ def row_of(name: str, outcome: Outcome) -> dict[str, Any]:
 
 def is_current(name: str, table: dict[str, Any]) -> bool:
     row = table.get(name, {})
-    return (row.get("digest"), row.get("versions"), row.get("reading")) == (digest(name), versions(), READING)
+    found = (row.get("digest"), row.get("versions"), row.get("reading"), row.get("told"))
+    return found == (digest(name), versions(), READING, COMPILER_OPTIONS["tpu"])
 
 
 def has_time(row: dict[str, Any]) -> bool:

@@ -38,6 +38,13 @@ from sft_jax.training.state import TrainState, init_state
 from sft_jax.training.step import make_eval_step, make_train_step
 from sft_jax.typing import Array
 
+COMPILER_OPTIONS: dict[str, dict[str, str | int]] = {
+    # A product is not cut into pieces that are made while its other factor is gathered, whatever its size in MiB: each
+    # piece reads and writes the whole result in memory (docs/scaling.md, "What the compiler is told").
+    "tpu": {"xla_jf_spmd_threshold_for_windowed_einsum_mib": 1_000_000},
+}
+"""What XLA is told of a platform beside the program; a run and its plan tell it the same."""
+
 
 def use_compilation_cache(config: Config) -> None:
     if config.run.compilation_cache:
@@ -168,7 +175,13 @@ def jit_train_step(placed: ModelOnMesh, num_steps: int, num_sources: int) -> jax
     schedule = build_schedule(config.schedule, config.optimizer.learning_rate, num_steps)
     step = make_train_step(config, placed.model, placed.optimizer, schedule, placed.mesh, num_sources=num_sources)
     state_shardings = jax.tree.map(lambda leaf: leaf.sharding, placed.abstract_state)
-    return jax.jit(step, donate_argnums=0, out_shardings=(state_shardings, replicated(placed.mesh)))
+    platform = placed.mesh.devices.flat[0].platform if isinstance(placed.mesh, Mesh) else ""
+    return jax.jit(
+        step,
+        donate_argnums=0,
+        out_shardings=(state_shardings, replicated(placed.mesh)),
+        compiler_options=COMPILER_OPTIONS.get(platform),
+    )
 
 
 def open_sources_of_step(

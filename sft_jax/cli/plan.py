@@ -73,8 +73,15 @@ def _compare(options: argparse.Namespace, config: Config, rest: list[str]) -> in
 
 
 def _run_aloud(case: Case) -> Outcome:
+    """Each outcome is said as soon as it is there: an hour's search that is interrupted is not lost."""
     print(f"compiling: {case.label}", file=sys.stderr, flush=True)
-    return run_case(case)
+    outcome = run_case(case)
+    said = f"NO: {outcome.problem}"
+    if outcome.plan is not None:
+        fits = f"{_seconds(outcome.step_seconds)} s" if outcome.fits else "does NOT fit"
+        said = f"{_size(outcome.plan['peak_bytes'])} of {_size(outcome.plan['hbm_bytes'])}, {fits}"
+    print(f"  {said}", file=sys.stderr, flush=True)
+    return outcome
 
 
 def describe_outcomes(console: Console, outcomes: Sequence[Outcome]) -> None:
@@ -89,7 +96,7 @@ def describe_outcomes(console: Console, outcomes: Sequence[Outcome]) -> None:
         row = [outcome.case.label, "yes" if plan["fits"] else "NO", _size(plan["peak_bytes"]), _size(plan["hbm_bytes"])]
         if plan["step_seconds"]:
             per_chip = plan["tokens_per_second"] / plan["num_chips"]
-            row += [f"{plan['step_seconds']:.2f}", plan["bound"], f"{plan['mfu']:.1%}", f"{per_chip:,.0f}"]
+            row += [_seconds(plan["step_seconds"]), plan["bound"], f"{plan['mfu']:.1%}", f"{per_chip:,.0f}"]
             row += [_size(plan["collective_bytes"]), f"{plan['chip_hours']:,.1f}" if plan["num_steps"] else ""]
         table.add_row(*row)
     console.print(table)
@@ -171,6 +178,11 @@ def ways_to_fit(plan: Plan) -> list[str]:
     if config.loss.chunk_tokens > 1024:
         ways.append(f"config.loss.chunk_tokens: is {config.loss.chunk_tokens}; less needs less")
     return [*ways, "shorter rows (config.data.max_seq_len), or more chips"]
+
+
+def _seconds(seconds: float) -> str:
+    """With hundredths, and three digits below one."""
+    return f"{seconds:.2f}" if seconds >= 1 else f"{seconds:.3g}"
 
 
 def _size(num_bytes: int | float) -> str:

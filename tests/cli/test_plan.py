@@ -10,7 +10,7 @@ import pytest
 from sft_jax.cli import plan as plan_command
 from sft_jax.cli.main import dispatch
 from sft_jax.command_line import read_config, run_command
-from sft_jax.experiment import jit_train_step, read_model_config
+from sft_jax.experiment import COMPILER_OPTIONS, jit_train_step, read_model_config
 from sft_jax.model import gradient_sums
 from sft_jax.model.gradient_sums import Torus
 from sft_jax.model.param_dims import logical_dims
@@ -84,6 +84,13 @@ def test_bytes_equal_those_of_live_arrays(folder, capsys, moment_dtype):
     results = live((new_state, metrics))
     num_results = len(jax.tree.leaves((new_state, metrics)))
     assert found["bytes"]["outputs"] == results + 8 * num_results  # and the table of the results' addresses
+
+
+def test_the_compiler_is_told_what_a_run_tells_it(folder, capsys, monkeypatch):
+    monkeypatch.setitem(COMPILER_OPTIONS, "cpu", {"no_such_option": 1})
+    status, _, err = run(capsys, "--topology=cpu:1", "--config.batch.batch_size=1")
+    assert status == 2
+    assert "no_such_option" in err
 
 
 def test_a_layer_more_is_a_layers_flops_more(folder, capsys):
@@ -173,7 +180,8 @@ def test_topologies_are_compared_in_processes_of_their_own(folder, capsys):
     assert two["plan"]["mesh"]["fsdp"] == 2
     assert three["plan"] is None
     assert re.match("config.batch: .* 8 rows, which the 3 shards", three["problem"])
-    assert err == "compiling: cpu:2\ncompiling: cpu:3\n"
+    said = r"compiling: cpu:2\n  [\d.]+ MiB of 8.00 GiB, 0.0*[1-9]\d* s\ncompiling: cpu:3\n  NO: config.batch: .*\n"
+    assert re.fullmatch(said, err)
 
 
 def test_a_search_prints_its_table_and_the_best(folder, capsys, monkeypatch):

@@ -53,6 +53,8 @@ def test_the_heads_of_configs_say_what_was_found(name):
 
 def test_a_row_that_was_read_otherwise_keeps_its_memory_and_loses_its_time():
     assert plans.is_current("8b", TABLE | {"8b": TABLE["8b"] | {"versions": plans.versions()}})
+    told_otherwise = {"versions": plans.versions(), "told": {"an_option": 1}}
+    assert not plans.is_current("8b", TABLE | {"8b": TABLE["8b"] | told_otherwise})
     table = {"8b": TABLE["8b"] | {"versions": plans.versions(), "reading": plans.READING - 1}}
     assert not plans.is_current("8b", table)
     assert "12.04 of 31.24 GiB" in plans.page_table(table)
