@@ -6,8 +6,9 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import jax
+from absl import logging
 from etils import epath
-from jax.sharding import AbstractMesh, Mesh
+from jax.sharding import AbstractMesh, Mesh, SingleDeviceSharding
 
 from sft_jax.checkpoint.hf import grow_sources, open_sources, read_config
 from sft_jax.checkpoint.hf_names import EMBEDDING, HEAD
@@ -175,13 +176,27 @@ def jit_train_step(placed: ModelOnMesh, num_steps: int, num_sources: int) -> jax
     schedule = build_schedule(config.schedule, config.optimizer.learning_rate, num_steps)
     step = make_train_step(config, placed.model, placed.optimizer, schedule, placed.mesh, num_sources=num_sources)
     state_shardings = jax.tree.map(lambda leaf: leaf.sharding, placed.abstract_state)
-    platform = placed.mesh.devices.flat[0].platform if isinstance(placed.mesh, Mesh) else ""
     return jax.jit(
         step,
         donate_argnums=0,
         out_shardings=(state_shardings, replicated(placed.mesh)),
-        compiler_options=COMPILER_OPTIONS.get(platform),
+        compiler_options=_known_options(placed.mesh) if isinstance(placed.mesh, Mesh) else None,
     )
+
+
+def _known_options(mesh: Mesh) -> dict[str, str | int] | None:
+    """COMPILER_OPTIONS of the platform, or none where its XLA, another version, refuses them."""
+    device = next((one for one in mesh.devices.flat if one.process_index == jax.process_index()), mesh.devices.flat[0])
+    options = COMPILER_OPTIONS.get(device.platform)
+    if options is None:
+        return None
+    nothing = jax.ShapeDtypeStruct((), "float32", sharding=SingleDeviceSharding(device))
+    try:
+        jax.jit(lambda x: x, compiler_options=options).lower(nothing).compile()
+    except jax.errors.JaxRuntimeError as error:
+        logging.warning("the compiler does not take %s, and goes without: %s", options, error)
+        return None
+    return options
 
 
 def open_sources_of_step(
