@@ -197,7 +197,12 @@ class Renderer:
         if disguise and any(map(self.tokenizer.control.holds, texts_of(conversation))):
             counts["control_text"] = 1
         row = _Row(conversation.origin, counts, disguise)
-        turns = render_turns(self.template, self.facts, shown.messages, shown.tools, list(weights), row.origin)
+        try:
+            turns = render_turns(self.template, self.facts, shown.messages, shown.tools, list(weights), row.origin)
+        except (RowError, TemplateError) as error:
+            if disguise:  # the message quotes what was rendered
+                error.args = (disguise.reveal(error.args[0]),)
+            raise
         examples: list[ExampleBuilder] = []
         read = 0  # messages that stand in the examples so far
         for (i, weight), turn in zip(weights.items(), turns, strict=True):

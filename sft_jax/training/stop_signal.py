@@ -139,9 +139,15 @@ class StopSignal:
         while not self._told():
             if self._closed.is_set():
                 return
-        if self._agree() and not self._closed.wait(GRACE_SECONDS):
-            os.write(2, f"preempted: {_AT_ONCE}\n".encode())
-            leave(PREEMPTED_EXIT_CODE)
+        if self._agree():
+            if not self._closed.wait(GRACE_SECONDS):
+                os.write(2, f"preempted: {_AT_ONCE}\n".encode())
+                leave(PREEMPTED_EXIT_CODE)
+            return
+        # A signal that comes when the main thread has looked for one, and before it sleeps, does not wake it.
+        while not self._closed.wait(_POLL_SECONDS):
+            if self._waiting:
+                self._call_handler()
 
     def _told(self) -> bool:
         assert self._wakeup is not None
@@ -164,9 +170,14 @@ class StopSignal:
                     return False
             at_once = _BEFORE in places or self._phase == _AFTER
             self._stop_tick, self._may_raise = max(places) + 1, at_once
+        self._call_handler()
+        return at_once
+
+    def _call_handler(self) -> None:
+        """In the main thread, which a signal wakes from what it waits for."""
+        with self._lock:
             if not self._closed.is_set():
                 signal.pthread_kill(threading.main_thread().ident or 0, signal.SIGTERM)
-        return at_once
 
 
 def _gather(place: int) -> list[int]:

@@ -410,6 +410,21 @@ def test_rows_that_a_template_does_not_take(tiny_sentencepiece):
         with_jinja(tiny_sentencepiece, fickle, new_tokens=()).render(chat("a", "b"))
 
 
+@pytest.mark.parametrize(
+    "odd",
+    [
+        "{{ 'end' if add_generation_prompt else messages[0].content }}",  # the texts part in the row's own
+        "{{ raise_exception('cannot take ' + messages[0].content) }}",
+    ],
+)
+def test_an_error_quotes_a_row_as_it_is(tiny_sentencepiece, odd):
+    text = "{% for m in messages %}{{ m.content + '</s>' }}{% endfor %}{% if "
+    text += "'a look-alike' in messages[0].content %}" + odd + "{% endif %}"
+    with pytest.raises(RowError, match="</s> a look-alike") as error:
+        with_jinja(tiny_sentencepiece, text, new_tokens=()).render(chat("</s> a look-alike", "b"))
+    assert error.value.reason == "template"
+
+
 def test_a_conversation_without_an_answer(renderer):
     with pytest.raises(RowError, match=r"^chats\.jsonl:7: has no assistant turn") as error:
         renderer.render(chat("Hi"))
