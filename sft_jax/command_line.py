@@ -36,11 +36,6 @@ def run_command(command: Callable[[list[str]], int | None], argv: Sequence[str] 
         warnings.simplefilter("ignore")
     try:
         return command(args) or 0
-    except SftError as error:
-        if debug:
-            raise
-        print(f"error: {error}", file=sys.stderr)
-        return error.exit_code
     except KeyboardInterrupt:
         if debug:
             raise
@@ -51,12 +46,23 @@ def run_command(command: Callable[[list[str]], int | None], argv: Sequence[str] 
             raise
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # for what is not flushed yet
         return 128 + signal.SIGPIPE
-    except OSError as error:
-        if debug or error.filename is None:
+    except (SftError, OSError) as error:
+        status = None if debug else say_error(error)
+        if status is None:
             raise
+        return status
+
+
+def say_error(error: Exception) -> int | None:
+    """Print the message of an error that a user can mend. Returns the exit status, or None for any other."""
+    if isinstance(error, SftError):
+        print(f"error: {error}", file=sys.stderr)
+        return error.exit_code
+    if isinstance(error, OSError) and error.filename is not None:
         hint = "Is the disk there, with free space, and may you read and write there? --debug shows where it failed."
         print(f"error: {error.filename}: {error.strerror}. {hint}", file=sys.stderr)
         return StorageError.exit_code
+    return None
 
 
 def _is_unread(out: TextIO) -> bool:

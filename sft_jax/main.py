@@ -25,13 +25,13 @@ from sft_jax.checkpoint.model_card import make_model_card, name_base
 from sft_jax.checkpoint.peft import export_adapter
 from sft_jax.checkpoint.retention import Retention
 from sft_jax.checkpoint.storage import write_whole
-from sft_jax.command_line import config_parser, read_config, run_command
+from sft_jax.command_line import config_parser, read_config, run_command, say_error
 from sft_jax.config import warnings_for
 from sft_jax.config_schema import Config, digest_json
 from sft_jax.data.pipeline import PackedDataset
 from sft_jax.data.preview import preview_row
 from sft_jax.data.rendering import Renderer
-from sft_jax.datatypes import PREEMPTED_EXIT_CODE, ConfigError, NumericError, SftError, StorageError
+from sft_jax.datatypes import PREEMPTED_EXIT_CODE, ConfigError, NumericError, StorageError
 from sft_jax.experiment import (
     ModelOnMesh,
     Start,
@@ -315,11 +315,11 @@ def main(args: list[str]) -> int:
         if coordinator() is None:
             raise
         # The others may be in a step, and jax would have this process wait for them for five minutes.
-        if isinstance(error, SftError):
-            print(f"error: {error}", file=sys.stderr)
-        else:
+        status = say_error(error)
+        if status is None:
             traceback.print_exc()
-        leave(error.exit_code if isinstance(error, SftError) else 1)
+            status = 1
+        leave(status)
     except Preempted as stop:
         print(f"preempted: {stop}", file=sys.stderr)
         if coordinator() is not None:
