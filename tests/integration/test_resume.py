@@ -170,7 +170,7 @@ def test_a_log_has_no_text_of_rows_and_a_terminal_has(folder, capsys):
     assert "step 3/3" in out
     assert "old flute" not in out + err
     terminal = io.StringIO()
-    run(read_config(["--config=config.py"]), Console(file=terminal, force_terminal=True))
+    run(read_config(["--config=config.py", "--config.run.dir=other"]), Console(file=terminal, force_terminal=True))
     assert "old flute" in terminal.getvalue()
 
 
