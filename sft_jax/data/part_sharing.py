@@ -35,6 +35,8 @@ CHUNK_BYTES = 1 << 19
 """What is read of a file at once."""
 PATIENCE_SECONDS = 60.0
 """So long nothing that was claimed appears before it is made here as well."""
+_WRITING_SECONDS = 0.1
+"""So long a claim may be without its owner's name."""
 _ME = f"{socket.gethostname()} {os.getpid()} {uuid.uuid4().hex}"
 
 
@@ -159,7 +161,7 @@ def _claim(path: Path, override: bool) -> bool:
     except FileExistsError:
         pass
     try:
-        if not override and not _is_gone(claim.read_text()):
+        if not override and not _is_gone(_owner_of(claim)):
             return False
         claim.write_text(_ME)
     except FileNotFoundError:  # another run has put the store together, and taken the folder away
@@ -167,10 +169,18 @@ def _claim(path: Path, override: bool) -> bool:
     return True
 
 
+def _owner_of(claim: Path) -> str:
+    owner = claim.read_text()
+    if not owner:  # its name is being written, or it was killed before that
+        time.sleep(_WRITING_SECONDS)
+        owner = claim.read_text()
+    return owner
+
+
 def _is_gone(owner: str) -> bool:
     """Whether the owner of a claim is known to be no more. One on another host is not known."""
-    if owner.count(" ") != 2:  # it is being written
-        return False
+    if owner.count(" ") != 2:
+        return True
     (host, pid, life), (my_host, my_pid, my_life) = owner.split(" "), _ME.split(" ")
     if host != my_host:
         return False

@@ -237,13 +237,34 @@ def test_a_claim_that_comes_to_nothing_is_overridden(tmp_path, monkeypatch):
     assert 0.3 < time.monotonic() - started < 10
 
 
+def test_a_claim_of_one_killed_before_it_wrote_its_name_is_not_waited_for(tmp_path, monkeypatch):
+    path = write(tmp_path, 60)
+    claim = part_sharing._claim
+
+    def claimed_by_nobody(part, override):
+        if part.name == "part-00002":
+            part.with_name(f"{part.name}.claim").touch()
+        return claim(part, override)
+
+    monkeypatch.setattr(part_sharing, "_claim", claimed_by_nobody)
+    monkeypatch.setattr(part_sharing, "_appear", None)  # nobody is waited for
+    assert rows_of(prepare(tmp_path, path)) == list(range(1, 61))
+
+
+def test_a_name_that_is_being_written_is_waited_for(tmp_path, monkeypatch):
+    claim = tmp_path / "part-00000.claim"
+    claim.touch()
+    monkeypatch.setattr(part_sharing.time, "sleep", lambda _: claim.write_text("another-host 7 life"))
+    assert not part_sharing._claim(tmp_path / "part-00000", override=False)
+
+
 def test_whose_claims_count():
     host, pid, life = part_sharing._ME.split(" ")
     assert not part_sharing._is_gone(f"{host} {pid} {life}")  # another thread of ours
     assert part_sharing._is_gone(f"{host} {pid} earlier")
     assert not part_sharing._is_gone(f"{host} {os.getppid()} life")
     assert not part_sharing._is_gone("another-host 7 life")
-    assert not part_sharing._is_gone("")
+    assert part_sharing._is_gone("")  # killed before it wrote its name
     process = subprocess.Popen([sys.executable, "-c", ""])
     process.wait()
     assert part_sharing._is_gone(f"{host} {process.pid} life")
