@@ -36,7 +36,7 @@ class RenderedRow(NamedTuple):
     counts: Mapping[str, int]
 
 
-@dataclass
+@dataclass(slots=True)
 class ExampleBuilder:
     """See the module's text. `leads_to` says whether the next turn may join."""
 

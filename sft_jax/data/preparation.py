@@ -135,12 +135,11 @@ def is_on_side(row: RawRow | BadRow, source: SourceConfig) -> bool:
 def hash_examples(ids: np.ndarray, sizes: np.ndarray) -> np.ndarray:
     """64 bits of each example, uint64 [num_examples], the same for the same ids on every machine: the sum of
     (id + 1) * w[position], over words w that are drawn once."""
-    if not len(sizes):
-        return np.empty(0, np.uint64)
-    starts = np.cumsum(sizes) - sizes
-    words = np.random.Philox(key=0).random_raw(int(sizes.max()))
-    positions = np.arange(len(ids)) - starts.repeat(sizes)
-    return np.add.reduceat((ids + 1).astype(np.uint64) * words[positions], starts)
+    words = np.random.Philox(key=0).random_raw(int(sizes.max(initial=0)))
+    ends = np.cumsum(sizes).tolist()
+    plus_one = (ids + 1).astype(np.uint64)
+    sums = (plus_one[end - size : end] @ words[:size] for end, size in zip(ends, sizes.tolist(), strict=True))
+    return np.fromiter(sums, np.uint64, len(sizes))
 
 
 _NO_WEIGHT = np.zeros(1, np.float32)

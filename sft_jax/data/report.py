@@ -14,8 +14,6 @@ from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass, field, fields
 from typing import Any
 
-import numpy as np
-
 from sft_jax.data.errors import RowError
 from sft_jax.data.source_files import NotRead
 from sft_jax.data.too_long import FitResult, Lost
@@ -82,9 +80,9 @@ class Account:
         """Count a row; `kept`: turns let pass, `ignored`: fields not read."""
         self.rows_trained += 1
         self.turns += fit.turns
+        self.supervised_tokens += fit.supervised_tokens
         self.examples += len(fit.examples)
         for example in fit.examples:
-            self.supervised_tokens += int(np.count_nonzero(example.loss_weights))
             length = len(example.inputs)
             self.tokens += length
             up_to = 1 << (length - 1).bit_length()

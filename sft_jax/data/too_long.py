@@ -61,6 +61,8 @@ class FitResult(NamedTuple):
     """Whether a policy made them: they are not the rendering as it stands, even if nothing was lost."""
     turns: int
     """Supervised turns in the examples, each through its stop token."""
+    supervised_tokens: int
+    """In the examples: positions with a weight other than 0."""
     counts: Mapping[str, int]
     """Of the untouched rendering; see `RenderedRow`."""
 
@@ -96,15 +98,17 @@ def fit_examples(
     """
     rendered, counts = renderer.render_row(row)
     examples = [one.example for one in rendered]
-    longest = num_turns = 0
+    longest = num_turns = num_supervised = 0
     for example, turns, _ in rendered:
-        if not np.count_nonzero(example.loss_weights):
+        num_before = num_supervised
+        num_supervised += _count_supervised(example)
+        if num_supervised == num_before:
             # So every example has a supervised token, hence every row that is not padding, hence every batch.
             raise RowError("nothing_supervised", row.origin, "has no token to train on. Remove the row.")
         longest = max(longest, len(example))
         num_turns += len(turns)
     if longest <= max_seq_len:
-        return FitResult(examples, _NOTHING_LOST, False, num_turns, counts)
+        return FitResult(examples, _NOTHING_LOST, False, num_turns, num_supervised, counts)
 
     fitted, lost = [], Lost()
     if isinstance(row, Conversation) and policy in ("drop_early_turns", "split_turns"):
@@ -125,7 +129,12 @@ def fit_examples(
             lost += _lost_of(one, sum(map(len, kept)))
     if not fitted:
         raise _refuse(row.origin, rendered, max_seq_len, policy)
-    return FitResult(fitted, lost, True, num_turns - lost.turns, counts)
+    num_supervised = sum(map(_count_supervised, fitted))
+    return FitResult(fitted, lost, True, num_turns - lost.turns, num_supervised, counts)
+
+
+def _count_supervised(example: TokenizedExample) -> int:
+    return int(np.count_nonzero(example.loss_weights))
 
 
 def _refuse(origin: Origin, rendered: Sequence[RenderedExample], max_seq_len: int, policy: str) -> OverLongError:
@@ -248,9 +257,9 @@ def _fit_part(
         rest = part.render([exchange for i, exchange in enumerate(part.exchanges) if i in kept])
     turns = sum(_num_supervised(exchange) for i, exchange in enumerate(part.exchanges) if i not in kept)
     tokens = len(example) - sum(map(len, rest))
-    supervised_tokens = np.count_nonzero(example.loss_weights) - sum(np.count_nonzero(one.loss_weights) for one in rest)
+    supervised_tokens = _count_supervised(example) - sum(map(_count_supervised, rest))
     # Not below 0: a prompt may be weighted where it opens an example, and not behind a history that is left off.
-    return fitted, Lost(turns, max(0, tokens), max(0, int(supervised_tokens)))
+    return fitted, Lost(turns, max(0, tokens), max(0, supervised_tokens))
 
 
 class _Window:

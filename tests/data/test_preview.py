@@ -155,7 +155,9 @@ def make_report(row, names=("a", "b")):
         account = Account(rows_read=3, rows_shortened=1, tokens_lost=1234, ignored_fields={"<i>id": 2})
         segments = [segment for segment in segments_of(row) if segment.source_id == index]
         examples = [TokenizedExample.from_ids(s.ids, s.weights, s.origin) for s in segments]
-        account.add_trained(FitResult(examples, Lost(), False, len(segments), Counter(control_text=1)), Counter(), ())
+        num_supervised = sum(np.count_nonzero(example.loss_weights) for example in examples)
+        fit = FitResult(examples, Lost(), False, len(segments), num_supervised, Counter(control_text=1))
+        account.add_trained(fit, Counter(), ())
         for losses in (account.bad, account.dropped):
             error = RowError("<b>reason", Origin("<path>.jsonl", 9), "has </table><script>x</script>. Mend it.")
             losses.setdefault(error.reason, LostRows()).add(error)

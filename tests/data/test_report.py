@@ -34,7 +34,7 @@ def count_rows(rows):
         if kind == "trained":
             examples = [TokenizedExample.from_ids(range(n + 2), [0] * (n + 1) + [1], origin) for n in range(number)]
             names = ["reasoning_split", "expanded", "control_text", "unknown_tokens"]
-            fit = FitResult(examples, Lost(tokens=number), bool(number), number, Counter(names[number:]))
+            fit = FitResult(examples, Lost(tokens=number), bool(number), number, number, Counter(names[number:]))
             account.add_trained(fit, Counter(names[:1]), names[:number])
         elif kind == "not taken":
             account.rows_not_taken += 1
@@ -95,7 +95,7 @@ def test_lengths_are_counted_between_powers_of_two():
     account = Account()
     for length in (1, 2, 3, 4, 5, 64, 65):
         example = TokenizedExample.from_ids(np.zeros(length + 1), np.ones(length + 1), Origin("a.jsonl", 1))
-        account.add_trained(FitResult([example], Lost(), False, 1, Counter()), Counter(), ())
+        account.add_trained(FitResult([example], Lost(), False, 1, length, Counter()), Counter(), ())
     assert account.lengths == {1: 1, 2: 1, 4: 2, 8: 1, 64: 1, 128: 1}
     assert [length_range(up_to) for up_to in account_to_json_lengths(account)] == [
         "1",

@@ -223,7 +223,7 @@ def converse(fields):
 def fit(row, renderer, max_seq_len, policy, supervise):
     """(examples, lost); a row that is refused has no examples."""
     try:
-        examples, lost, is_changed, turns, counts = fit_examples(
+        examples, lost, is_changed, turns, num_supervised, counts = fit_examples(
             row, renderer, max_seq_len, policy, supervise=supervise
         )
     except OverLongError as error:
@@ -231,6 +231,7 @@ def fit(row, renderer, max_seq_len, policy, supervise):
     assert examples
     assert counts == WordRenderer(supervise=supervise).render_row(row).counts
     assert turns == num_turns(renderer, examples)
+    assert num_supervised == sum(int((example.loss_weights > 0).sum()) for example in examples)
     assert is_changed == (max(map(len, WordRenderer(supervise=supervise).render(row))) > max_seq_len)
     return examples, lost
 
@@ -339,7 +340,7 @@ def test_a_weight_of_prompts_alone_makes_no_example(tiny_byte_level):
     assert shown == ["Yes.<|im_end|>", "No.<|im_end|>"]
     (first, stop), (second, end) = answers
     for max_seq_len, num_turns in ((first + 1, 0), (stop - 1, 0), (stop, 1), (second, 1), (end - 1, 1)):
-        (piece,), lost, _, kept, _ = fit_examples(row, renderer, max_seq_len, "truncate")
+        (piece,), lost, _, kept, *_ = fit_examples(row, renderer, max_seq_len, "truncate")
         assert (len(piece), kept, lost.turns) == (max_seq_len, num_turns, 2 - num_turns)
     with pytest.raises(OverLongError) as raised:
         fit_examples(row, renderer, first, "truncate")
@@ -358,7 +359,7 @@ def test_a_real_template(request, name, texts, system, max_seq_len, policy):
     before = renderer.render(row)
     examples, lost = [], None
     try:
-        examples, lost, _, turns, counts = fit_examples(row, renderer, max_seq_len, policy)
+        examples, lost, _, turns, _, counts = fit_examples(row, renderer, max_seq_len, policy)
         assert counts == renderer.render_row(row).counts
         assert turns == num_turns(renderer, examples)
     except OverLongError as error:

@@ -65,7 +65,7 @@ def test_what_is_lost_is_counted(tokenizer, rows, max_seq_len, policy, supervise
     whole = renderer.render(conversation)
     try:
         options = dict(supervise=supervise, averaging=averaging)
-        examples, lost, _, turns, _ = fit_examples(conversation, renderer, max_seq_len, policy, **options)
+        examples, lost, _, turns, *_ = fit_examples(conversation, renderer, max_seq_len, policy, **options)
         assert turns == num_turns(examples, renderer.stop_ids)
     except OverLongError as error:
         examples, lost = [], error.lost
