@@ -159,7 +159,7 @@ _AT_LEAST: dict[str, float] = {
     "data.max_bad_fraction": 0, "data.prompt_loss_weight": 0,
     "optimizer.b1": 0, "optimizer.b2": 0, "optimizer.eps": 0,
     "spikes.window": 0, "spikes.threshold": 0, "spikes.max_rewinds": 1,
-    "watch.stall_factor": 0, "watch.stall_seconds": 0.1, "watch.replicas_every": 0,
+    "watch.stall_factor": 0, "watch.stall_seconds": 0.1, "watch.replicas_every": 0, "watch.replay_every": 0,
 }  # fmt: skip
 _AT_MOST: dict[str, float] = {
     "data.max_bad_fraction": 1, "data.prompt_loss_weight": 1,

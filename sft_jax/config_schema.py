@@ -305,6 +305,9 @@ class WatchConfig:
     replicas_every: int = 0
     """Compare the copies of parameters and optimizer state that several devices hold every so many steps, and before
     each save; 0: never."""
+    replay_every: int = 0
+    """Compute the gradients of every so many steps twice, and compare them bit by bit; 0: never. Not on GPUs, where XLA
+    may add in another order each time unless XLA_FLAGS has --xla_gpu_deterministic_ops=true."""
 
 
 @dataclass(frozen=True, kw_only=True)

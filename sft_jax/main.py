@@ -55,8 +55,10 @@ from sft_jax.provenance import describe_environment
 from sft_jax.training.evaluation import Evaluator
 from sft_jax.training.loop import Trainer
 from sft_jax.training.metrics import MetricsWriter, ProgressReporter, StepMeter
+from sft_jax.training.replay import ReplayCheck
 from sft_jax.training.replicas import ReplicaCheck
 from sft_jax.training.state import TrainState
+from sft_jax.training.step import make_gradients
 from sft_jax.training.stop_signal import Preempted, StopSignal
 from sft_jax.training.watchdog import Watchdog
 
@@ -143,6 +145,7 @@ def train(
             f"damaged     {writer.num_damaged} lines of metrics.jsonl: they are in quarantine/metrics.jsonl now"
         )
     trees = {"state": start.state, "frozen": start.frozen}
+    sum_grads = make_gradients(config, placed.model, placed.mesh)
     watchdog = Watchdog(config.watch.stall_factor, config.watch.stall_seconds)
     trainer = Trainer(
         config=config,
@@ -160,6 +163,7 @@ def train(
         stop_signal=stop_signal,
         watchdog=watchdog,
         replicas=ReplicaCheck(trees, placed.mesh) if config.watch.replicas_every else None,
+        replay=ReplayCheck(sum_grads, start.state.params, placed.mesh) if config.watch.replay_every else None,
     )
     try:
         state = trainer.train(start.state, start.frozen, start.memory)

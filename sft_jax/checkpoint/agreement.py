@@ -10,6 +10,8 @@ from typing import Any, TypeVar
 
 import jax
 import msgspec
+import numpy as np
+from jax.experimental import multihost_utils
 
 from sft_jax import datatypes
 from sft_jax.datatypes import SftError, StorageError
@@ -64,6 +66,30 @@ def gather(what: str, value: Any) -> list[Any]:
         return []
     others = range(1, jax.process_count())
     return [value, *(msgspec.json.decode(_get(f"{key}/{index}", index, what)) for index in others)]
+
+
+def meet(what: str) -> None:
+    """Go on when every process is here.
+
+    Raises:
+      StorageError: on all that are, where one has not come within TIMEOUT_SECONDS.
+    """
+    if jax.process_count() == 1:
+        return
+    try:
+        coordinator().wait_at_barrier(f"sft_jax/meet/{next(_numbers)}", int(TIMEOUT_SECONDS * 1000))
+    except jax.errors.JaxRuntimeError as error:
+        raise StorageError(
+            f"process {jax.process_index()}: not all processes came to {what} within {TIMEOUT_SECONDS:.0f} s "
+            f"({str(error).splitlines()[0]}). Are all of them alive? Start the run again."
+        ) from error
+
+
+def gather_array(what: str, values: Any) -> np.ndarray:
+    """A global array on the host of every process. Who is not there is named before the collective, which names nobody.
+    Raises as `meet` does."""
+    meet(what)
+    return multihost_utils.process_allgather(values, tiled=True)
 
 
 def _set(key: str, value: Any) -> None:

@@ -11,9 +11,8 @@ from typing import Any
 
 import jax
 import msgspec
-import numpy as np
-from jax.experimental import multihost_utils
 
+from sft_jax.checkpoint.agreement import decide, gather
 from sft_jax.checkpoint.safetensors_writer import write_json
 from sft_jax.datatypes import StorageError
 
@@ -42,8 +41,8 @@ def write_folder(folder: str | os.PathLike[str], fill: Callable[[Path], None], t
                 pass
         except StorageError as error:
             failure = failure or error
-        has_failed = multihost_utils.process_allgather(np.array(failure is not None))
-        if has_failed.any() and failure is None:
+        failures = gather("how its export went", failure is not None)
+        if decide("how the exports went", lambda: any(failures)) and failure is None:
             failure = StorageError(f"{folder}: process 0 could not write the export; its log says why.")
     if failure is not None:
         raise failure

@@ -13,8 +13,8 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.experimental import multihost_utils
 
+from sft_jax.checkpoint.agreement import gather_array
 from sft_jax.checkpoint.export_folder import write_folder
 from sft_jax.checkpoint.hf_names import EMBEDDING, hf_tensors, tensor_rules
 from sft_jax.checkpoint.param_source import ParamSource, boxes, check_finite
@@ -151,7 +151,7 @@ def _copy_rows(out: np.ndarray, values: Array, place: tuple[int, ...], first_row
 
 def _pull(values: Array, first_row: int, num_rows: int) -> np.ndarray:
     """Some rows of an array, gathered on the host of every process."""
-    return multihost_utils.process_allgather(jax.lax.dynamic_slice_in_dim(values, first_row, num_rows), tiled=True)
+    return gather_array("the export of rows of an array", jax.lax.dynamic_slice_in_dim(values, first_row, num_rows))
 
 
 def _one_ahead(tensors: Iterator[tuple[str, np.ndarray]]) -> Iterator[tuple[str, np.ndarray]]:

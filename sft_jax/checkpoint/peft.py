@@ -10,9 +10,9 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.experimental import multihost_utils
 from jax.sharding import Sharding
 
+from sft_jax.checkpoint.agreement import gather_array
 from sft_jax.checkpoint.export_folder import write_folder
 from sft_jax.checkpoint.hf_names import EMBEDDING, HEAD, hf_tensors
 from sft_jax.checkpoint.model_files import ModelFile, file_in, list_folder
@@ -136,9 +136,7 @@ def _pull(value: Array | ParamSource, place: tuple[int, ...]) -> np.ndarray:
         rest = (slice(0, size) for size in value.shape[len(place) :])
         return read_box(value, (*(slice(at, at + 1) for at in place), *rest), value.dtype)[(0,) * len(place)]
     part = value[place] if place else value
-    if not part.is_fully_addressable:
-        part = multihost_utils.process_allgather(part, tiled=True)
-    return np.asarray(part)
+    return np.asarray(part) if part.is_fully_addressable else gather_array("the export of an adapter's array", part)
 
 
 def _on_diagonal(blocks: list[np.ndarray]) -> np.ndarray:

@@ -17,6 +17,7 @@ from sft_jax.model.transformer import Params
 from sft_jax.sharding import Batch
 from sft_jax.training.evaluation import Evaluator, evaluate_all
 from sft_jax.training.metrics import MetricsWriter, ProgressReporter, Record, StepMeter
+from sft_jax.training.replay import ReplayCheck
 from sft_jax.training.replicas import ReplicaCheck
 from sft_jax.training.spikes import SpikeRewind, SpikeWatch
 from sft_jax.training.state import TrainState
@@ -106,6 +107,8 @@ class Trainer:
     watchdog: Watchdog
     replicas: ReplicaCheck | None
     """None: the copies of the state are not compared."""
+    replay: ReplayCheck | None
+    """None: no step is computed twice."""
 
     def train(self, state: TrainState, frozen: Params, memory: Memory) -> TrainState:
         """Run from `state.step` to the last step, or until held-out loss stops improving.
@@ -115,7 +118,7 @@ class Trainer:
           NumericError: too many non-finite steps in a row; the last checkpoint is kept.
           DataError: a batch has no supervised token.
           StorageError: a checkpoint could not be written.
-          MachineError: devices do not hold the same state.
+          MachineError: devices do not hold the same state, or do not compute the same twice.
         """
         while True:
             try:
@@ -145,6 +148,9 @@ class Trainer:
                 if step in memory.spikes.skipped:
                     state, metrics = _pass_over(state), None
                 else:
+                    if self.replay and step % self.config.watch.replay_every == 0:
+                        self.replay.check(step, state.params, frozen, batch)
+                        self.watchdog.rest()
                     with self.watchdog.at(f"step {step}, {DEVICE}"):
                         state, metrics = self.train_step(state, frozen, batch)
                 self.stop_signal.begin_training()

@@ -28,7 +28,7 @@ class ReplicaCheck:
         leaves = jax.tree_util.tree_leaves_with_path(placed)
         self._names = [jax.tree_util.keystr(path, simple=True, separator=".") for path, _ in leaves]
         self._parts = [_parts(leaf.sharding, leaf.shape, self._mesh) for _, leaf in leaves]
-        self._sum = _make_sum(self._mesh, [leaf.sharding.spec for _, leaf in leaves])
+        self._sum = jax.jit(make_sum(self._mesh, [leaf.sharding.spec for _, leaf in leaves]))
 
     def check(self, step: int, tree: Any) -> None:
         """Every process must call this, and all find the same.
@@ -65,7 +65,7 @@ def _parts(sharding: NamedSharding, shape: tuple[int, ...], mesh: Mesh) -> list[
     return [devices for devices in parts.values() if len(devices) > 1]
 
 
-def _make_sum(mesh: Mesh, specs: list[PartitionSpec]) -> Callable[[list[Array]], Array]:
+def make_sum(mesh: Mesh, specs: list[PartitionSpec]) -> Callable[[list[Array]], Array]:
     """Leaves -> sums [device, leaf] on every device."""
 
     def local(leaves: list[Array]) -> Array:
@@ -73,7 +73,7 @@ def _make_sum(mesh: Mesh, specs: list[PartitionSpec]) -> Callable[[list[Array]],
 
     every = PartitionSpec(mesh.axis_names)
     summed = jax.shard_map(local, mesh=mesh, in_specs=(specs,), out_specs=every, check_vma=False)
-    return jax.jit(summed, out_shardings=replicated(mesh))
+    return lambda leaves: jax.lax.with_sharding_constraint(summed(leaves), replicated(mesh))
 
 
 def sum_bits(values: Array) -> Array:

@@ -24,6 +24,7 @@ from sft_jax.typing import Array
 
 Metrics = dict[str, Array]
 StepFn = Callable[[TrainState, Params, Batch], tuple[TrainState, Metrics]]
+GradientFn = Callable[[Params, Params, Batch], tuple[Params, LossSums]]
 
 
 def make_train_step(
@@ -42,14 +43,10 @@ def make_train_step(
     and `num_skipped`: old values are selected, not multiplied by zero, so that NaN cannot leak.
     """
     check_router_losses(config.loss, model)
-    sum_loss = partial(sum_batch_loss, config=config, model=model, mesh=mesh, noise_seed=config.run.seed)
+    sum_grads = make_gradients(config, model, mesh)
 
     def train_step(state: TrainState, frozen: Params, batch: Batch) -> tuple[TrainState, Metrics]:
-        router_weight = jnp.sum(router_weights(batch, config))
-        router_scale = jnp.sum(batch.loss_weights.astype(router_weight.dtype)) / router_weight
-        grads, sums = _accumulate_grads(
-            partial(sum_loss, router_scale=router_scale), state.params, frozen, batch, config, mesh
-        )
+        grads, sums = sum_grads(state.params, frozen, batch)
         grads = jax.tree.map(lambda grad: grad / sums.weight_sum, grads)
         loss = sums.loss_sum / sums.weight_sum
 
@@ -78,11 +75,23 @@ def make_train_step(
             "num_tokens": jnp.sum(batch.segment_ids != 0),
             "padding_fraction": jnp.mean(batch.segment_ids == 0),
             **source_sums(sums, batch, num_sources),
-            **(router_metrics(sums.router, router_weight) if sums.router else {}),
+            **(router_metrics(sums.router, jnp.sum(router_weights(batch, config))) if sums.router else {}),
         }
         return new, metrics
 
     return train_step
+
+
+def make_gradients(config: Config, model: TransformerConfig, mesh: Mesh | AbstractMesh | None) -> GradientFn:
+    """`(params, frozen, batch) -> (gradients of loss_sum over the batch, its LossSums)`."""
+    sum_loss = partial(sum_batch_loss, config=config, model=model, mesh=mesh, noise_seed=config.run.seed)
+
+    def sum_grads(params: Params, frozen: Params, batch: Batch) -> tuple[Params, LossSums]:
+        router_weight = jnp.sum(router_weights(batch, config))
+        router_scale = jnp.sum(batch.loss_weights.astype(router_weight.dtype)) / router_weight
+        return _accumulate_grads(partial(sum_loss, router_scale=router_scale), params, frozen, batch, config, mesh)
+
+    return sum_grads
 
 
 def make_eval_step(

@@ -1,12 +1,18 @@
 """Faults of a run of training: each patches the program in the process that calls it. Nothing of it is in the program.
 
-A point is the name of a place; something happens when a run comes to it for the `at`-th time.
+A point is the name of a place; something happens when a run comes to it for the `at`-th time. SFT_JAX_FAULTS says what,
+by name with its arguments; this file, and no other program, reads it:
+
+    SFT_JAX_FAULTS='{"send": {"point": "save", "at": 2, "number": 9, "log": "/tmp/sent"}}' \\
+        python tests/faults/faults.py --config=configs/demo.py
 """
 
 import contextlib
 import ctypes
 import functools
+import json
 import os
+import sys
 import threading
 import time
 from collections.abc import Callable
@@ -19,8 +25,10 @@ import numpy as np
 from sft_jax import main as main_module
 from sft_jax.checkpoint import manager as manager_module
 from sft_jax.checkpoint.step_folders import StepFolders
+from sft_jax.command_line import run_command
 from sft_jax.training import loop
 
+VARIABLE = "SFT_JAX_FAULTS"
 STALL_SECONDS = 60.0
 
 
@@ -115,6 +123,15 @@ def send(point: str, at: int, number: int, log: str, stall: str = "", again: flo
             threading.Thread(target=lambda: (time.sleep(again), os.kill(os.getpid(), number)), daemon=True).start()
         os.kill(os.getpid(), number)
         STALLS[stall]()
+
+    POINTS[point](functools.partial(at_call, at, happen))
+
+
+def fail(point: str, at: int, errno: int = 0) -> None:
+    """An error at a point: of the disk, by its number, or one that nobody foresees."""
+
+    def happen() -> None:
+        raise OSError(errno, os.strerror(errno), "a-file") if errno else RuntimeError(f"by mistake, at {point}")
 
     POINTS[point](functools.partial(at_call, at, happen))
 
@@ -216,5 +233,16 @@ FAULTS = {
     "flip": flip,
     "see": see,
     "send": send,
+    "fail": fail,
     "count_steps": count_steps,
 }
+
+
+def arm() -> None:
+    for name, options in json.loads(os.environ.get(VARIABLE, "{}")).items():
+        FAULTS[name](**options)
+
+
+if __name__ == "__main__":
+    arm()
+    sys.exit(run_command(main_module.main, sys.argv[1:]))

@@ -66,10 +66,13 @@ class RankLab(TrainingLab):
         """Of 100 steps by one process with eight devices."""
         return values(self.go_on(self.scratch / "hundred", 1, NUM_DEVICES))
 
-    def go_on(self, run_dir: Path, num_processes: int, num_devices: int, until: int | None = None) -> Path:
+    def go_on(
+        self, run_dir: Path, num_processes: int, num_devices: int, until: int | None = None, microbatches: int = 2
+    ) -> Path:
         """A run of 100 steps by so many, to its end, or for about so many steps."""
         args = ["--config.schedule.num_steps=100", "--config.evaluation.every_steps=0"]
         args += ["--config.checkpoint.every_steps=0", f"--config.mesh.fsdp={min(2, num_devices)}"]
+        args += [f"--config.batch.grad_accum_steps={microbatches}"]
         stop = {"point": "data", "at": until, "number": signal.SIGTERM, "log": "/dev/null"}
         faults = {0: {"send": stop}} if until else {}
         for result in self.train_together(run_dir, args, faults, num_processes, num_devices):
@@ -193,10 +196,16 @@ def listings(lab: RankLab, trial: int) -> str:
 
 
 def elastic(lab: RankLab, trial: int) -> str:
-    """Some 25 steps each by 1 process with 8 devices, 2 with 4, 4 with 2, 1 with 1: the rows and losses of one run."""
+    """Some 25 steps each by 1 process with 8 devices, 2 with 4, 4 with 2, 1 with 1, each with other microbatches: the
+    rows and losses of one run."""
     run_dir = lab.new()
-    for num_processes, num_devices, until in ((1, 8, 25), (2, 8, 25), (4, 8, 25), (1, 1, None)):
-        lab.go_on(run_dir, num_processes, num_devices, until)
+    for num_processes, num_devices, until, microbatches in (
+        (1, 8, 25, 2),
+        (2, 8, 25, 1),
+        (4, 8, 25, 2),
+        (1, 1, None, 4),
+    ):
+        lab.go_on(run_dir, num_processes, num_devices, until, microbatches)
     ours, theirs = values(run_dir), lab.hundred
     if ours.keys() != theirs.keys() or (100, "loss") not in ours:
         return f"other steps: {sorted(ours.keys() ^ theirs.keys())[:3]}"

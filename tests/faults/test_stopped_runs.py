@@ -1,5 +1,6 @@
 """A run that is told to stop loses no finished step, whatever it is doing. Rows of docs/reliability.md, in small."""
 
+import errno
 import re
 import signal
 import threading
@@ -44,6 +45,16 @@ def test_a_copy_that_differs_ends_the_run_before_it_is_saved(lab, at, every, sav
     assert re.search(found, result["log"]), result["log"]
     assert newest_step(run_dir) == saved
     assert lab.train(run_dir, args)["status"] == 0
+
+
+@pytest.mark.parametrize(("number", "status"), [(errno.EIO, 5), (0, 1)], ids=["of the disk", "unforeseen"])
+def test_an_error_ends_the_run_and_the_next_start_goes_on(lab, number, status):
+    run_dir = lab.new()
+    result = lab.train(run_dir, faults={"fail": {"point": "evaluation", "at": 3, "errno": number}})
+    assert result["status"] == status, result["log"]
+    assert newest_step(run_dir) == 5
+    assert lab.train(run_dir)["status"] == 0
+    assert lab.differences(run_dir) == ""
 
 
 @pytest.mark.slow

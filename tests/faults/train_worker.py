@@ -25,8 +25,8 @@ def train(trial: dict) -> int:
     os.dup2(out, 2)
     os.setpgid(0, 0)
     os.environ.update(trial["env"])
-    for name, options in trial["faults"].items():
-        faults.FAULTS[name](**options)
+    os.environ[faults.VARIABLE] = json.dumps(trial["faults"])
+    faults.arm()
     status = run_command(main, trial["args"])
     if coordinator() is not None:  # what a process does at its end, which this one leaves out
         jax.distributed.shutdown()
