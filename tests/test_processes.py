@@ -89,6 +89,23 @@ def start():
         process.communicate()
 
 
+def listening(pid):
+    """The IPv4 addresses on which a process accepts connections, as /proc/net has them: bytes from last to first."""
+    sockets = {os.readlink(file) for file in Path(f"/proc/{pid}/fd").iterdir()}
+    lines = [line for name in ("tcp", "tcp6") for line in Path(f"/proc/{pid}/net/{name}").read_text().splitlines()[1:]]
+    found = []
+    for _, address, _, state, *rest in map(str.split, lines):
+        if state == "0A" and f"socket:[{rest[5]}]" in sockets:
+            found.append(address.split(":")[0].removeprefix("0000000000000000FFFF0000"))
+    return found
+
+
+@pytest.mark.skipif(not Path("/proc/net/tcp").exists(), reason="needs Linux's /proc")
+def test_process_0_listens_on_the_given_address_and_nothing_else_does(start):
+    loopback = "0100007F"
+    assert [listening(process.pid) for process in start(_BEATS)] == [[loopback], [], []]
+
+
 def test_a_process_that_fails_alone_does_not_wait_for_the_others_which_name_it(start):
     processes = start(_FAILS_ALONE, "2")
     _, err = processes[2].communicate(timeout=100)

@@ -5,6 +5,7 @@ longer than the limit.
 """
 
 import itertools
+import re
 from collections.abc import Callable
 from typing import Any, TypeVar
 
@@ -72,16 +73,17 @@ def meet(what: str) -> None:
     """Go on when every process is here.
 
     Raises:
-      StorageError: on all that are, where one has not come within TIMEOUT_SECONDS.
+      StorageError: on all that are, naming one that has not come within TIMEOUT_SECONDS.
     """
     if jax.process_count() == 1:
         return
     try:
         coordinator().wait_at_barrier(f"sft_jax/meet/{next(_numbers)}", int(TIMEOUT_SECONDS * 1000))
     except jax.errors.JaxRuntimeError as error:
+        named = re.search(r"timed out task names:\s*(\S+)", str(error))
         raise StorageError(
-            f"process {jax.process_index()}: not all processes came to {what} within {TIMEOUT_SECONDS:.0f} s "
-            f"({str(error).splitlines()[0]}). Are all of them alive? Start the run again."
+            f"process {jax.process_index()}: process {named[1] if named else 'unknown'} did not come to {what} within "
+            f"{TIMEOUT_SECONDS:.0f} s ({str(error).splitlines()[0]}). Is it alive? Start the run again."
         ) from error
 
 

@@ -57,7 +57,14 @@ try:
     agreement.gather("what it thinks", me)
 except StorageError as error:
     print("late:", error)
+try:
+    if me:
+        time.sleep(3.0)
+    agreement.meet("the export of a kernel")
+except StorageError as error:
+    print("not met:", error)
 agreement.TIMEOUT_SECONDS = 60.0
+agreement.meet("the end")
 agreement.decide("whether it is over", lambda: None)
 """
 
@@ -91,3 +98,8 @@ def test_both_stop_where_they_see_different_files(said: list[str]) -> None:
 
 def test_a_process_that_does_not_answer_is_named(said: list[str]) -> None:
     assert "process 1 has not said what it thinks within 1 s" in said[0]
+
+
+def test_one_that_is_late_for_a_meeting_is_named_by_all(said: list[str]) -> None:
+    for me, out in enumerate(said):
+        assert f"process {me}: process 1 did not come to the export of a kernel within 1 s" in out

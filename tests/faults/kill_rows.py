@@ -59,14 +59,18 @@ def rewind(lab: TrainingLab, trial: int) -> str:
 
 
 def rerun(lab: TrainingLab, trial: int) -> str:
-    """The same run twice, 250 steps each."""
-    args = ["--config.schedule.num_steps=250", "--config.checkpoint.every_steps=0", f"--config.run.seed={trial}"]
-    runs = [lab.new(), lab.new()]
+    """The same run three times, 1,000 steps each."""
+    args = [
+        "--config.schedule.num_steps=1000",
+        "--config.checkpoint.every_steps=0",
+        "--config.evaluation.every_steps=0",
+    ]
+    runs = [lab.new(), lab.new(), lab.new()]
     for run_dir in runs:
         if (result := lab.train(run_dir, args))["status"]:
             return result["log"][-1500:]
-    one, other = map(metrics, runs)
-    return "" if one == other and (250, "loss") in one else "two runs differ"
+    first, *others = map(metrics, runs)
+    return "" if (1000, "loss") in first and all(one == first for one in others) else "the runs differ"
 
 
 def mixed(lab: TrainingLab, trial: int) -> str:
