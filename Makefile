@@ -5,7 +5,7 @@ PARITY := .venv-parity/bin
 TPU := .venv-tpu/bin
 CONSTRAIN := $(if $(shell $(PYTHON) -c 'import sys; print("y" if sys.version_info[:2] == (3, 11) else "")'),-c constraints.txt)
 
-.PHONY: demo test test-slow test-parity test-faults plans audit format clean
+.PHONY: demo test test-slow test-parity test-fault-rows test-faults plans audit format clean
 
 demo: .venv/ready
 	$(BIN)/python -m sft_jax.cli.demo
@@ -22,6 +22,10 @@ test-slow: .venv/ready .venv-parity/ready
 
 test-parity: .venv-parity/ready
 	$(PARITY)/python -m pytest -q -m "parity and not slow"
+
+# One after the other, alone: their processes take both of two cores
+test-fault-rows: .venv/ready
+	$(BIN)/python -m pytest -q -m fault_row
 
 # Trials of a row of docs/reliability.md until there are N, such as make test-faults ROW=flip N=2000
 test-faults: .venv/ready

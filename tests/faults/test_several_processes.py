@@ -18,12 +18,9 @@ def lab(tmp_path_factory):
 @pytest.mark.parametrize(
     ("row", "trial"),
     [
-        ("dead-rank", 0),
+        *(pytest.param(row, 0, marks=pytest.mark.fault_row) for row in ("dead-rank", "stuck", "healthy", "elastic")),
         ("dead-rank", 3),
-        ("stuck", 0),
-        ("healthy", 0),
-        *(("listings", trial) for trial in range(5)),
-        ("elastic", 0),
+        *(pytest.param("listings", trial, marks=[pytest.mark.fault_row] * (trial == 0)) for trial in range(5)),
     ],
 )
 def test_a_trial(lab, row, trial):
@@ -31,6 +28,7 @@ def test_a_trial(lab, row, trial):
 
 
 @pytest.mark.slow
+@pytest.mark.fault_row
 @pytest.mark.parametrize("failing", [0, 1])
 def test_an_error_of_one_process_ends_all(lab, failing):
     """Within the 30 s in which a dead one is found; the others do not wait for it as long as jax would."""

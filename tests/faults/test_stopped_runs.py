@@ -57,6 +57,12 @@ def test_an_error_ends_the_run_and_the_next_start_goes_on(lab, number, status):
     assert lab.differences(run_dir) == ""
 
 
+def test_a_run_that_computes_steps_twice_is_the_same_run(lab):
+    run_dir = lab.new()
+    assert lab.train(run_dir, ["--config.watch.replay_every=3"])["status"] == 0
+    assert lab.differences(run_dir) == ""
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("trial", [0, 2, 3, 5, 6], ids=["restore", "step", "data", "save", "export"])
 def test_sigterm_in_the_other_phases(lab, trial):
@@ -64,6 +70,7 @@ def test_sigterm_in_the_other_phases(lab, trial):
 
 
 @pytest.mark.slow
+@pytest.mark.fault_row
 @pytest.mark.parametrize("row", ["kill", "rerun", "mixed"])
 def test_a_run_that_is_killed_is_the_same_run(lab, row):
     assert KILL_ROWS[row](lab, 0) == ""
