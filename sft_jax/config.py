@@ -236,6 +236,9 @@ def validate(config: Config) -> list[str]:
     narrow = config.optimizer.moment_dtype == "bfloat16"
     small = "is 'bfloat16', and adafactor's moments are small and float32. Set float32, or adamw."
     require(not narrow or config.optimizer.name != "adafactor", "optimizer.moment_dtype", small)
+    by_layers = not narrow and config.optimizer.name != "adafactor"
+    apart = "is True, and adafactor's moments, or those in bfloat16, have no layers apart. Set False, or change those."
+    require(by_layers or not config.optimizer.offload, "optimizer.offload", apart)
     kept, saved = config.checkpoint.keep_every, config.checkpoint.every_steps
     of_saved = saved > 0 and kept % saved == 0
     expected = f"expected a multiple of checkpoint.every_steps, {saved}"

@@ -206,6 +206,8 @@ class OptimizerConfig:
     """dtype of what the optimizer remembers of each parameter: 8 bytes of it for adamw in float32, 4 for lion and sgd;
     half of that in bfloat16, rounded at random so that it is right in the mean (`sft_jax/training/moments.py`).
     adafactor's is small, and float32."""
+    offload: bool = False
+    """Whether the moments of layers lie in the host's memory, and on the device a layer at a time. Needs float32."""
     max_skipped_steps: int = 10
     """So many non-finite steps in a row stop the run."""
 

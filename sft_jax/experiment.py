@@ -247,7 +247,8 @@ def open_start(placed: ModelOnMesh, reader: CheckpointReader, data: PackedDatase
     if latest is None:
         trainable, frozen = placed.open_params()
         memory = Memory.from_meta({}, placed.config.spikes)
-        return Start(init_state(trainable, placed.optimizer), frozen, memory, passed_over=passed_over)
+        state = init_state(trainable, placed.optimizer, placed.config.optimizer.offload)
+        return Start(state, frozen, memory, passed_over=passed_over)
     meta = reader.read_meta(latest)
     in_model = describe_changes(meta["model"], placed.identity)
     in_data = refuse_changes(placed.config, latest, meta["data"], data.fingerprint_fields, in_model)

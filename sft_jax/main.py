@@ -52,6 +52,7 @@ from sft_jax.model.families import num_params, train_flops_per_token
 from sft_jax.model.transformer import Params
 from sft_jax.processes import coordinator, join_processes, leave, process_place, wait_for_verdict
 from sft_jax.provenance import describe_environment
+from sft_jax.sharding import is_on_host
 from sft_jax.training.evaluation import Evaluator
 from sft_jax.training.loop import Trainer
 from sft_jax.training.metrics import MetricsWriter, ProgressReporter, StepMeter
@@ -263,7 +264,7 @@ def describe_run(console: Console, placed: ModelOnMesh, data: PackedDataset, ren
     config, mesh = placed.config, placed.mesh
     for warning in [*warnings_for(config), *warnings_for_model(config, placed.model)]:
         console.print(f"warning: {warning}", style="yellow", soft_wrap=True)
-    leaves = jax.tree.leaves(placed.abstract_state)
+    leaves = [leaf for leaf in jax.tree.leaves(placed.abstract_state) if not is_on_host(leaf)]
     state_bytes = sum(math.prod(leaf.sharding.shard_shape(leaf.shape)) * leaf.dtype.itemsize for leaf in leaves)
     trained = sum(math.prod(leaf.shape) for leaf in placed.abstract_state.params.values())
     axes = ", ".join(f"{axis} {size}" for axis, size in mesh.shape.items() if size > 1) or "one device"

@@ -99,7 +99,8 @@ class ModelOnMesh:
     @cached_property
     def abstract_state(self) -> TrainState:
         trainable = {path: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype) for path, leaf in self.leaves[0].items()}
-        return abstract_state(trainable, self.shardings, self.optimizer, self.mesh)
+        offload = self.config.optimizer.offload
+        return abstract_state(trainable, self.shardings, self.optimizer, self.mesh, offload)
 
     @cached_property
     def identity(self) -> dict[str, Any]:

@@ -40,6 +40,7 @@ RULES: dict[str | None, tuple[str, ...]] = {
     "norm": (),  # scales are small: a copy on every device
 }
 BATCH_AXES = RULES["batch"]
+HOST_MEMORY = "pinned_host"
 
 
 @jax.tree_util.register_dataclass
@@ -222,3 +223,22 @@ def abstract_batch(mesh: Mesh | AbstractMesh, batch_size: int, length: int) -> B
     fields = {f.name: ints for f in dataclasses.fields(Batch)} | {"loss_weights": weights}
     numbers = jax.ShapeDtypeStruct((batch_size,), np.int32, sharding=NamedSharding(mesh, spec_for(("batch",))))
     return Batch(**(fields | {"rows": numbers}))
+
+
+# --- The host's memory ------------------------------------------------------------------------------------------------
+
+
+def is_on_host(leaf: Any) -> bool:
+    """Of an array, or an abstract one, with a sharding."""
+    return bool(leaf.sharding.memory_kind == HOST_MEMORY)
+
+
+def to_device(tree: Any) -> Any:
+    """Traced arrays, wherever they are, in the memory of the devices that have them."""
+    return jax.device_put(tree, jax.memory.Space.Device)
+
+
+def group_for_device(leaves: Sequence[Any]) -> list[list[int]]:
+    """Numbers of leaves that may be on the devices at one time: those that are, and each of the host's alone."""
+    near = [number for number, leaf in enumerate(leaves) if not is_on_host(leaf)]
+    return [near, *([number] for number, leaf in enumerate(leaves) if is_on_host(leaf))]

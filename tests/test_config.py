@@ -44,6 +44,16 @@ def test_defaults_convert():
             dict(name="adafactor", moment_dtype="bfloat16"),
             "config.optimizer.moment_dtype: is 'bfloat16', and adafactor's moments are small and float32",
         ),
+        (
+            "optimizer",
+            dict(name="adafactor", offload=True),
+            "config.optimizer.offload: is True, and ada",
+        ),
+        (
+            "optimizer",
+            dict(moment_dtype="bfloat16", offload=True),
+            "config.optimizer.offload: is True, and ada",
+        ),
         ("optimizer.learning_rate", float("nan"), "config.optimizer.learning_rate: is nan"),
         ("schedule.decay_fraction", 0.1, "config.schedule.decay_fraction: is set, but cosine has no such parameter"),
         ("mesh.replica", -1, "config.mesh: has more than one axis at -1"),

@@ -40,7 +40,7 @@ from sft_jax.checkpoint.storage import (
     write_whole,
 )
 from sft_jax.datatypes import NumericError, StorageError
-from sft_jax.sharding import replicated
+from sft_jax.sharding import group_for_device, replicated, to_device
 
 _FAILURES = (OSError, ValueError, RuntimeError)
 """What a save fails with: RuntimeError is of a barrier that a process has not come to."""
@@ -289,8 +289,12 @@ def check_finite(step: int, state: Mapping[str, Any]) -> None:
         for path, leaf in jax.tree_util.tree_leaves_with_path(state)
         if jnp.issubdtype(leaf.dtype, jnp.floating)
     }
-    flags = [bool(flag) for flag in _are_finite(next(iter(leaves.values())).sharding.mesh)(list(leaves.values()))]
-    wrong = [name for name, finite in zip(leaves, flags, strict=True) if not finite]
+    names = list(leaves)
+    are_finite = _are_finite(leaves[names[0]].sharding.mesh)
+    wrong = []
+    for numbers in group_for_device(list(leaves.values())):
+        group = [names[number] for number in numbers]
+        wrong += [name for name, ok in zip(group, are_finite([leaves[name] for name in group]), strict=True) if not ok]
     if wrong:
         raise NumericError(
             f"step {step}: {wrong[0]} of the state is NaN or infinite, and {len(wrong) - 1} more. It was not "
@@ -303,5 +307,6 @@ def check_finite(step: int, state: Mapping[str, Any]) -> None:
 def _are_finite(mesh: Mesh) -> jax.stages.Wrapped:
     """Leaves -> a flag for each, on every device."""
     return jax.jit(
-        lambda leaves: jnp.stack([jnp.isfinite(leaf).all() for leaf in leaves]), out_shardings=replicated(mesh)
+        lambda leaves: jnp.stack([jnp.isfinite(leaf).all() for leaf in to_device(leaves)]),
+        out_shardings=replicated(mesh),
     )

@@ -116,6 +116,8 @@ def describe_plan(console: Console, plan: Plan) -> None:
         for hint in ways_to_fit(plan):
             say("", hint)
     say("bytes", ", ".join(f"{kind.replace('_', ' ')} {_size(size)}" for kind, size in plan.bytes.items()))
+    if plan.host_bytes:
+        say("host", f"{_size(plan.host_bytes)} of the optimizer for each device; moving it is not in the time")
     if plan.buffers:
         table = Table("size", "shape", "made at", "of", title="temporaries at the peak")
         for buffer in plan.buffers[:_SHOWN_BUFFERS]:
@@ -170,9 +172,11 @@ def ways_to_fit(plan: Plan) -> list[str]:
         ways.append(f"config.model.remat: is {config.model.remat}; full keeps the least")
     if config.model.attention == "reference":
         ways.append("config.model.attention: is reference, which makes score matrices; splash makes none")
-    if config.optimizer.moment_dtype != "bfloat16" and config.optimizer.name != "adafactor":
+    optimizer = config.optimizer
+    if optimizer.moment_dtype != "bfloat16" and optimizer.name != "adafactor" and not optimizer.offload:
         held = _size(plan.bytes["optimizer"])
-        ways.append(f"config.optimizer.moment_dtype: is {config.optimizer.moment_dtype}; bfloat16 halves {held}")
+        ways.append(f"config.optimizer.moment_dtype: is {optimizer.moment_dtype}; bfloat16 halves {held}")
+        ways.append("config.optimizer.offload: is False; True keeps the layers' moments in the host's memory")
     if plan.mesh["fsdp"] == 1 and plan.topology.num_devices > 1:
         ways.append("config.mesh.fsdp: is 1, so that every device has all parameters")
     if config.loss.chunk_tokens > 1024:

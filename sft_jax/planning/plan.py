@@ -16,7 +16,7 @@ from sft_jax.planning.hlo import parse_program
 from sft_jax.planning.live import Buffer, find_peak
 from sft_jax.planning.roofline import Work, count_work
 from sft_jax.planning.topology import Topology
-from sft_jax.sharding import device_coords
+from sft_jax.sharding import device_coords, is_on_host
 
 
 @dataclass(frozen=True)
@@ -31,6 +31,8 @@ class Plan:
     peak_bytes: int
     bytes: dict[str, int]
     compile_seconds: float
+    host_bytes: int = 0
+    """Of the state, in the host's memory for each device; not in `bytes` and `peak_bytes`."""
     work: Work | None = None
     buffers: tuple[Buffer, ...] = ()
     """Temporaries at the peak by our own reading, the largest first."""
@@ -74,6 +76,7 @@ class Plan:
             "peak_bytes": self.peak_bytes,
             "hbm_bytes": self.hbm_bytes,
             "bytes": self.bytes,
+            "host_bytes": self.host_bytes,
             "largest_buffers": [
                 {"bytes": int(b.num_bytes), "shape": f"{b.shape.dtype}{list(b.shape.dims)}", "source": b.source,
                  "op_name": b.op_name}
@@ -125,6 +128,7 @@ def _common(step: CompiledStep, config: Config, topology: Topology) -> dict[str,
         num_params=num_params(step.placed.model),
         mesh=dict(step.mesh.shape),
         compile_seconds=step.compile_seconds,
+        host_bytes=_host_bytes(step),
         rows_per_epoch=report.get("rows_per_epoch", 0),
         supervised_fraction=report.get("supervised_fraction", 0.0) * report.get("fill_fraction", 0.0),
         versions=versions(),
@@ -137,7 +141,12 @@ def _state_bytes(step: CompiledStep) -> dict[str, int]:
         math.prod(placed.shardings[path].shard_shape(leaf.shape)) * leaf.dtype.itemsize
         for path, leaf in placed.leaves[1].items()
     )
-    return {"parameters": shard_bytes(state.params) + frozen, "optimizer": shard_bytes(state.opt_state)}
+    optimizer = shard_bytes(state.opt_state) - _host_bytes(step)
+    return {"parameters": shard_bytes(state.params) + frozen, "optimizer": optimizer}
+
+
+def _host_bytes(step: CompiledStep) -> int:
+    return shard_bytes([leaf for leaf in jax.tree.leaves(step.placed.abstract_state) if is_on_host(leaf)])
 
 
 def _without_work(step: CompiledStep, config: Config, topology: Topology) -> Plan:
@@ -158,23 +167,25 @@ def _with_work(step: CompiledStep, config: Config, topology: Topology) -> Plan:
     assert memory is not None  # jax's CPU and TPU compilers give both
     assert text is not None
     program = parse_program(text)
-    peak_bytes = memory.peak_memory_in_bytes
-    if topology.chip.name == "cpu":  # whose peak is that of arguments and results alone
-        held = memory.argument_size_in_bytes + memory.output_size_in_bytes - memory.alias_size_in_bytes
-        peak_bytes = held + memory.temp_size_in_bytes
+    # The compilers' peaks are of both memories; the CPU's knows no host, and its peak no temporaries.
+    peak_bytes = memory.peak_memory_in_bytes - _host_bytes(step)
+    argument_bytes, output_bytes = memory.argument_size_in_bytes, memory.output_size_in_bytes
+    if topology.chip.name == "cpu":
+        argument_bytes, output_bytes = argument_bytes - _host_bytes(step), output_bytes - _host_bytes(step)
+        aliased = memory.alias_size_in_bytes - _host_bytes(step)
+        peak_bytes = argument_bytes + output_bytes - aliased + memory.temp_size_in_bytes
     kinds = _state_bytes(step)
-    kinds["batch"] = memory.argument_size_in_bytes - sum(kinds.values())
+    kinds["batch"] = argument_bytes - sum(kinds.values())
     temporaries = find_peak(program)
     gradient_shapes = {
         step.placed.shardings[path].shard_shape(leaf.shape) for path, leaf in step.placed.leaves[0].items()
     }
     gradients = sum((b.num_bytes for b in temporaries.buffers if b.shape.dims in gradient_shapes), 0.0)
-    at_peak = peak_bytes - memory.argument_size_in_bytes
+    at_peak = peak_bytes - argument_bytes
     # By our reading of what lives at the peak, scaled to the compiler's figure.
     kinds["shaped_as_parameters"] = int(min(1.0, gradients / max(temporaries.num_bytes, 1)) * at_peak)
     kinds["activations_and_temporaries"] = at_peak - kinds["shaped_as_parameters"]
-    kinds["arguments"] = memory.argument_size_in_bytes
-    kinds["outputs"] = memory.output_size_in_bytes
+    kinds["arguments"], kinds["outputs"] = argument_bytes, output_bytes
     tokens_per_device = config.batch.micro_batch_size * config.data.max_seq_len // _batch_parts(step)
     rounds = -(-tokens_per_device // min(config.loss.chunk_tokens, tokens_per_device))
     work = count_work(program, topology, dict(step.mesh.shape), device_coords(step.mesh), rounds)

@@ -15,7 +15,7 @@ import numpy as np
 from jax.sharding import AbstractMesh, Mesh, NamedSharding, PartitionSpec
 
 from sft_jax.datatypes import MachineError
-from sft_jax.sharding import replicated
+from sft_jax.sharding import group_for_device, replicated, to_device
 from sft_jax.typing import Array
 
 
@@ -28,7 +28,9 @@ class ReplicaCheck:
         leaves = jax.tree_util.tree_leaves_with_path(placed)
         self._names = [jax.tree_util.keystr(path, simple=True, separator=".") for path, _ in leaves]
         self._parts = [_parts(leaf.sharding, leaf.shape, self._mesh) for _, leaf in leaves]
-        self._sum = jax.jit(make_sum(self._mesh, [leaf.sharding.spec for _, leaf in leaves]))
+        self._groups = group_for_device([leaf for _, leaf in leaves])
+        specs = [leaf.sharding.spec for _, leaf in leaves]
+        self._sums = [jax.jit(make_sum(self._mesh, [specs[number] for number in group])) for group in self._groups]
 
     def check(self, step: int, tree: Any) -> None:
         """Every process must call this, and all find the same.
@@ -36,7 +38,10 @@ class ReplicaCheck:
         Raises:
           MachineError: naming the array, and the devices whose copy differs from that of most.
         """
-        sums = np.asarray(jax.device_get(self._sum(jax.tree.leaves(tree))))
+        leaves = jax.tree.leaves(tree)
+        sums = np.zeros((self._mesh.size, len(leaves)), np.uint32)
+        for group, sum_up in zip(self._groups, self._sums, strict=True):
+            sums[:, group] = jax.device_get(sum_up([leaves[number] for number in group]))
         for name, parts, of_devices in zip(self._names, self._parts, sums.T, strict=True):
             for devices in parts:
                 if len({int(of_devices[device]) for device in devices}) > 1:
@@ -73,7 +78,7 @@ def make_sum(mesh: Mesh, specs: list[PartitionSpec]) -> Callable[[list[Array]], 
 
     every = PartitionSpec(mesh.axis_names)
     summed = jax.shard_map(local, mesh=mesh, in_specs=(specs,), out_specs=every, check_vma=False)
-    return lambda leaves: jax.lax.with_sharding_constraint(summed(leaves), replicated(mesh))
+    return lambda leaves: jax.lax.with_sharding_constraint(summed(to_device(leaves)), replicated(mesh))
 
 
 def sum_bits(values: Array) -> Array:

@@ -20,6 +20,7 @@ from sft_jax.model.transformer import EmbeddingNoise, Params, forward_and_route,
 from sft_jax.sharding import Batch, constrain
 from sft_jax.training.loss import LossSums, sum_cross_entropy
 from sft_jax.training.state import TrainState
+from sft_jax.training.update import update_all, update_by_layers
 from sft_jax.typing import Array
 
 Metrics = dict[str, Array]
@@ -55,17 +56,19 @@ def make_train_step(
         scale = jnp.minimum(1.0, clip / jnp.maximum(grad_norm, 1e-12)) if clip else 1.0
         grads = jax.tree.map(lambda grad: grad * scale, grads)
 
-        directions, opt_state = optimizer.update(grads, state.opt_state, state.params)
         learning_rate = jnp.asarray(schedule(state.num_updates))
-        params = jax.tree.map(lambda p, d: p - (learning_rate * d).astype(p.dtype), state.params, directions)
-        # The direction too: a moment may overflow where loss and gradient did not. A loss whose square does is none.
-        finite = jnp.isfinite(loss * loss) & jnp.isfinite(grad_norm) & jnp.isfinite(optax.tree.norm(directions))
+        # A loss whose square overflows is none.
+        finite = jnp.isfinite(loss * loss) & jnp.isfinite(grad_norm)
+        update = update_by_layers if config.optimizer.offload else update_all
+        params, opt_state, finite = update(
+            optimizer, grads, state.opt_state, state.params, learning_rate=learning_rate, finite=finite
+        )
         new = TrainState(
             step=state.step + 1,
             num_updates=state.num_updates + finite,
             num_skipped=jnp.where(finite, 0, state.num_skipped + 1),
-            params=jax.tree.map(partial(jnp.where, finite), params, state.params),
-            opt_state=jax.tree.map(partial(jnp.where, finite), opt_state, state.opt_state),
+            params=params,
+            opt_state=opt_state,
         )
         metrics = {
             "loss": loss,

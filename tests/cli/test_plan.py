@@ -19,7 +19,7 @@ from sft_jax.model.transformer import abstract_params
 from sft_jax.placed_model import ModelOnMesh
 from sft_jax.planning import topology
 from sft_jax.planning.cases import Outcome
-from sft_jax.sharding import Batch, abstract_batch, build_mesh
+from sft_jax.sharding import Batch, abstract_batch, build_mesh, is_on_host
 from sft_jax.training.state import init_state
 
 CONFIG = """
@@ -58,10 +58,10 @@ def plan(capsys, *args):
     return status, json.loads(out)
 
 
-@pytest.mark.parametrize("moment_dtype", ["float32", "bfloat16"])
-def test_bytes_equal_those_of_live_arrays(folder, capsys, moment_dtype):
+@pytest.mark.parametrize(("moment_dtype", "offload"), [("float32", False), ("bfloat16", False), ("float32", True)])
+def test_bytes_equal_those_of_live_arrays(folder, capsys, moment_dtype, offload):
     args = ["--config.mesh.fsdp=2", "--config.mesh.tensor=2", "--config.mesh.replica=2"]
-    args.append(f"--config.optimizer.moment_dtype={moment_dtype}")
+    args += [f"--config.optimizer.moment_dtype={moment_dtype}", f"--config.optimizer.offload={offload}"]
     status, found = plan(capsys, "--topology=cpu:8", *args)
     assert status == 0
     assert found.keys() >= KEYS
@@ -69,15 +69,20 @@ def test_bytes_equal_those_of_live_arrays(folder, capsys, moment_dtype):
     config = read_config(["--config=config.py", *args, "--config.model.path=", "--config.data.tokenizer=x"])
     placed = ModelOnMesh(config, read_model_config(config), build_mesh(config.mesh))
     params, frozen = placed.open_params()
-    state = init_state(params, placed.optimizer)
+    state = init_state(params, placed.optimizer, offload)
     shapes = abstract_batch(placed.mesh, 8, 256)
     batch = jax.tree.map(lambda leaf: jax.device_put(jax.numpy.ones(leaf.shape, leaf.dtype), leaf.sharding), shapes)
     assert isinstance(batch, Batch)
-    live = lambda tree: sum(leaf.addressable_shards[0].data.nbytes for leaf in jax.tree.leaves(tree))  # noqa: E731
+    live = lambda tree, host=False: sum(  # noqa: E731
+        leaf.addressable_shards[0].data.nbytes for leaf in jax.tree.leaves(tree) if is_on_host(leaf) == host
+    )
+    assert found["host_bytes"] == live(state, host=True)
+    assert bool(found["host_bytes"]) == offload
     assert found["bytes"]["parameters"] == live(state.params)
     assert found["bytes"]["optimizer"] == live(state.opt_state)
     moments = 8 if moment_dtype == "float32" else 4
-    assert found["bytes"]["optimizer"] == found["bytes"]["parameters"] / 4 * moments + (4 if moments == 8 else 8)
+    state_bytes = found["bytes"]["optimizer"] + found["host_bytes"]
+    assert state_bytes == found["bytes"]["parameters"] / 4 * moments + (4 if moments == 8 else 8)
     read = dataclasses.replace(batch, rows=())  # jit leaves out what no draw is keyed by
     assert found["bytes"]["arguments"] == live((state, frozen, read))
     new_state, metrics = jit_train_step(placed, 10, 1)(state, frozen, batch)

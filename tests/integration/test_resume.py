@@ -7,6 +7,7 @@ import shutil
 from pathlib import Path
 
 import jax
+import numpy as np
 import pytest
 from etils import epath
 from rich.console import Console
@@ -247,6 +248,19 @@ def test_moments_that_are_rounded_at_random_are_rounded_alike_after_a_resume(fol
     status, _, err = train(capsys, *parts[1:], "--config.schedule.num_steps=5")
     assert status == 2
     assert "config.optimizer.moment_dtype: bfloat16 -> float32" in err
+
+
+def test_moments_on_the_host_are_saved_and_resumed_as_any(folder, capsys):
+    """Other steps may be on the device; the numbers are the same."""
+    args = ("--config.schedule.num_steps=4", "--config.watch.replicas_every=1")
+    assert train(capsys, *args, "--config.run.dir=one")[0] == 0
+    for steps, offload in ((2, True), (3, False), (4, True)):
+        parts = (*args[1:], "--config.run.dir=two", f"--config.optimizer.offload={offload}")
+        status, out, err = train(capsys, *parts, f"--config.schedule.num_steps={steps}")
+        assert status == 0, err
+    assert "resumed     at step 3 of 4" in out
+    for (path, one), (_, other) in zip(restore(4, args[0], "--config.run.dir=one"), restore(4, *parts), strict=True):
+        np.testing.assert_allclose(other, one, rtol=1e-5, atol=1e-9, err_msg=str(path))
 
 
 def test_the_flag_changes_nothing_where_nothing_changed(folder, capsys):
