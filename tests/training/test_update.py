@@ -18,6 +18,12 @@ from sft_jax.training.state import init_state
 from sft_jax.training.step import make_train_step
 
 
+@pytest.fixture(autouse=True)
+def _float64():
+    with jax.enable_x64(True):
+        yield
+
+
 def run(optimizer, batches, paths=None):
     """(the state before and after a step for each batch, jitted as a run's is, the mesh), of `paths` alone."""
     config = make_config(optimizer=optimizer)
