@@ -158,7 +158,7 @@ def test_two_runs_share_the_work(tmp_path):
 
 
 @pytest.mark.parametrize("processes", [1, 2])
-def test_a_killed_preparation_goes_on_with_the_parts_that_are_done(tmp_path, processes):
+def test_a_killed_preparation_goes_on_with_the_parts_that_are_done(tmp_path, monkeypatch, processes):
     path = write(tmp_path, 200)
     run = start(tmp_path, processes)
     deadline = time.monotonic() + 60
@@ -180,9 +180,8 @@ def test_a_killed_preparation_goes_on_with_the_parts_that_are_done(tmp_path, pro
             again.append(row.origin.line)
             return super().render_row(row)
 
-    started = time.monotonic()
+    monkeypatch.setattr(part_sharing, "_appear", None)  # claims of a process that is gone are not waited for
     store = prepare(tmp_path, path, renderer=Counting())
-    assert time.monotonic() - started < 5, "claims of a process that is gone are not waited for"
     assert len(again) == 200 - kept
     assert rows_of(store) == list(range(1, 201))
     assert list((tmp_path / "stores").iterdir()) == [store.folder]  # nothing is left of the parts
