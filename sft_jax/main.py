@@ -315,7 +315,7 @@ def main(args: list[str]) -> int:
     try:
         run(config)
     except Exception as error:
-        if isinstance(error, jax.errors.JaxRuntimeError):
+        if any(isinstance(one, RuntimeError) for one in _causes(error)):  # of a collective or a barrier, maybe
             wait_for_verdict()
         if coordinator() is None:
             raise
@@ -331,6 +331,13 @@ def main(args: list[str]) -> int:
             leave(PREEMPTED_EXIT_CODE)
         return PREEMPTED_EXIT_CODE
     return 0
+
+
+def _causes(error: BaseException | None) -> Iterator[BaseException]:
+    """The error and what it came of: the collective of a save fails as a save that could not be written."""
+    while error is not None:
+        yield error
+        error = error.__cause__ or error.__context__
 
 
 if __name__ == "__main__":

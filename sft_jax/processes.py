@@ -63,10 +63,23 @@ def join_processes() -> None:
 
 
 def _beat() -> None:
-    """Say that this process lives; in process 0, look who does not say so. Silence is counted in beats of process 0 and
-    not by the clock: a machine that was suspended as a whole has not lost anybody."""
+    """Say that this process lives, and look who does not: process 0 at all, the others at process 0. Silence is counted
+    in beats and not by the clock: a machine that was suspended as a whole has not lost anybody."""
     client, (index, count) = coordinator(), process_place()
     seen, missed = dict[str, str](), collections.Counter[int]()
+    heard = ""  # of process 0
+
+    def listen() -> None:
+        """By a thread of its own: where process 0 is stopped, what asks it anything does not come back."""
+        last, silent = "", 0
+        while silent < MISSED_BEATS:
+            time.sleep(BEAT_SECONDS)
+            silent = silent + 1 if heard == last else 0
+            last = heard
+        _end([0])
+
+    if index:
+        threading.Thread(target=listen, name="listen", daemon=True).start()
     for number in itertools.count():
         with contextlib.suppress(jax.errors.JaxRuntimeError):  # there is no such key, or no process 0, as jax will say
             client.key_value_set(f"{_BEAT}/{index}", str(number), allow_overwrite=True)
@@ -78,6 +91,7 @@ def _beat() -> None:
                 seen = now
                 if dead := [other for other, beats in missed.items() if beats >= MISSED_BEATS]:
                     client.key_value_set(_DEAD, ", ".join(map(str, dead)))
+            heard = client.key_value_try_get(f"{_BEAT}/0")
             dead = [int(other) for other in client.key_value_try_get(_DEAD).split(",")]
             if index not in dead:
                 _end(dead)
@@ -115,7 +129,7 @@ def leave(status: int, dead: Sequence[int] = ()) -> NoReturn:
     """End this process at once, without jax's barrier, at which a process that is stuck would keep all others. Process
     0, whose end is the end of all that are still there, goes last, or after LEAVE_SECONDS."""
     client, (index, count) = coordinator(), process_place()
-    if client is not None:
+    if client is not None and 0 not in dead:
         with contextlib.suppress(jax.errors.JaxRuntimeError):  # it is gone: nobody waits
             if index:
                 client.key_value_set(f"sft_jax/left/{index}", "")
