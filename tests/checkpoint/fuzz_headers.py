@@ -102,7 +102,7 @@ def main(num_files: int, seed: int, read=read_whole) -> Account:
         for _ in range(num_files):
             content = make_file(chosen)
             path.write_bytes(content)
-            start = time.perf_counter()
+            start = time.process_time()
             try:
                 read(ModelFile(str(path)))
                 account.verdicts["accepted"] += 1
@@ -111,7 +111,7 @@ def main(num_files: int, seed: int, read=read_whole) -> Account:
                 account.verdicts[" ".join(word for word in message.split()[:5] if word.isalpha())] += 1
             except Exception:
                 account.failures.append(f"{content[:500]!r}\n{traceback.format_exc()}")
-            if time.perf_counter() - start > MAX_SECONDS:
+            if time.process_time() - start > MAX_SECONDS:
                 account.failures.append(f"over {MAX_SECONDS} s: {content[:500]!r}")
     return account
 
