@@ -28,8 +28,7 @@ def test_a_trial(lab, row, trial):
 
 
 @pytest.mark.slow
-@pytest.mark.fault_row
-@pytest.mark.parametrize("failing", [0, 1])
+@pytest.mark.parametrize("failing", [pytest.param(0, marks=pytest.mark.fault_row), 1])
 def test_an_error_of_one_process_ends_all(lab, failing):
     """Within the 30 s in which a dead one is found; the others do not wait for it as long as jax would."""
     run_dir = lab.new()
