@@ -70,8 +70,7 @@ def test_sigterm_in_the_other_phases(lab, trial):
 
 
 @pytest.mark.slow
-@pytest.mark.fault_row
-@pytest.mark.parametrize("row", ["kill", "rerun", "mixed"])
+@pytest.mark.parametrize("row", [pytest.param("kill", marks=pytest.mark.fault_row), "rerun", "mixed"])
 def test_a_run_that_is_killed_is_the_same_run(lab, row):
     assert KILL_ROWS[row](lab, 0) == ""
 
